@@ -1,1 +1,36 @@
-"""Door sign."""
+"""kernels: the quantized operations, fast. What each one means is in quant/; who runs it is decided in dispatch.py.
+
+One file per operation. In this version the `reference` backend (plain PyTorch, any device) serves all of them.
+"""
+
+from pathlib import Path
+
+from .dequantize import dequantize
+from .dispatch import captured_backend, describe_backends, use_backend
+from .linear_cross_entropy import Head, linear_cross_entropy
+from .lora_matmul import LoRATerm, lora_matmul
+from .matmul import linear, matmul
+from .quantize import quantize
+
+__all__ = [
+    "Head",
+    "LoRATerm",
+    "captured_backend",
+    "dequantize",
+    "describe_backends",
+    "linear",
+    "linear_cross_entropy",
+    "lora_matmul",
+    "matmul",
+    "quantize",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise ImportError(
+        f"{Path(__file__).parent}, this repository's kernels/, has no {name!r}. If Hugging Face's `kernels` package was "
+        "meant, it is hidden by this folder: run outside the repository's folder, or uninstall one of the two"
+    )

@@ -1,0 +1,157 @@
+"""linear_cross_entropy: the last layer and its loss together, so that no (M, V) tensor of logits exists.
+
+    z   = softcap(x · Wᵀ + …) / τ                 logits of a row, fp32; softcap(z) = c · tanh(z / c)
+    nll = log Σ_v exp z_v - z_target              = -log softmax(z)[target]
+    H   = log Σ_v exp z_v - Σ_v p_v z_v           entropy of p = softmax(z), on request, without a gradient
+    dz  = dnll · (p - onehot(target))
+
+    M rows, D hidden size, V vocabulary
+
+Rows go through in chunks; backward computes the logits of a chunk again. At V = 49,152 the logits of 1,024 tokens
+are 201 MB in fp32, and their gradient as much again; a chunk is 32 MiB.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant import QuantizedTensor
+
+from .dispatch import backend_for, captured_backend, implementation, register
+from .lora_matmul import LoRATerm, lora_matmul
+
+CHUNK_BYTES = 1 << 25
+
+
+class Head(NamedTuple):
+    """The output layer as it is at the time of the call."""
+
+    weight: Tensor | QuantizedTensor
+    """(V, D)"""
+    adapters: tuple[LoRATerm, ...] = ()
+    bias: Tensor | None = None
+    """(V,)"""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor | QuantizedTensor | Head,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Any:
+    """Per-token negative log-likelihood, fp32 (M,); 0 where targets is ignore_index. With return_entropy (nll, H).
+
+    hidden (M, D), targets int64 (M,). Differentiable in hidden and in every tensor of the head that requires a
+    gradient. Raises ValueError for shapes that do not fit, a target outside the vocabulary, or temperature ≤ 0.
+    """
+    head = head if isinstance(head, Head) else Head(head)
+    V, D = head.weight.shape
+    if hidden.ndim != 2 or hidden.shape[1] != D or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy needs hidden (M, {D}) and targets (M,), "
+            f"got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    rows = (targets != ignore_index).nonzero().view(-1)
+    counted = targets[rows]
+    if len(rows) and (counted.min() < 0 or counted.max() >= V):
+        raise ValueError(
+            f"targets must lie in [0, {V}) or be {ignore_index}, got {int(counted.min())} … {int(counted.max())}"
+        )
+    run = implementation("linear_cross_entropy", backend_for("linear_cross_entropy", hidden.device))
+    nll, entropy = run(hidden[rows], head, counted, temperature, softcap, return_entropy)
+    nll = torch.zeros(len(targets), device=hidden.device).index_put((rows,), nll)
+    if not return_entropy:
+        return nll
+    return nll, torch.zeros(len(targets), device=hidden.device).index_put((rows,), entropy)
+
+
+@register("linear_cross_entropy", "reference")
+def linear_cross_entropy_reference(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float, softcap: float | None, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    options = _Options(head, temperature, softcap, with_entropy)
+    return _LinearCrossEntropy.apply(hidden, targets, options, *_head_tensors(head))
+
+
+class _Options(NamedTuple):
+    head: Head
+    temperature: float
+    softcap: float | None
+    with_entropy: bool
+
+
+def _head_tensors(head: Head) -> list[Tensor]:
+    """The tensors of the head that may want a gradient, in a fixed order. autograd sees only a function's arguments."""
+    dense = [t for t in (head.weight, head.bias) if isinstance(t, Tensor)]
+    return dense + [t for term in head.adapters for t in (term.A, term.B)]
+
+
+def _with_tensors(head: Head, tensors: Sequence[Tensor]) -> Head:
+    """The same head with `_head_tensors` replaced."""
+    rest = list(tensors)
+    weight = rest.pop(0) if isinstance(head.weight, Tensor) else head.weight
+    bias = None if head.bias is None else rest.pop(0)
+    adapters = tuple(LoRATerm(rest.pop(0), rest.pop(0), term.scaling) for term in head.adapters)
+    return Head(weight, adapters, bias)
+
+
+def _logits(hidden: Tensor, head: Head, options: _Options) -> Tensor:
+    """(m, D) → fp32 (m, V), after softcap and temperature."""
+    z = lora_matmul(hidden, head.weight, head.adapters, bias=head.bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    return z if options.temperature == 1.0 else z / options.temperature
+
+
+def _chunks(n_rows: int, V: int) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // (4 * V))
+    return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, options: _Options, *head_tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, targets, *head_tensors)
+        ctx.options, ctx.backend = options, captured_backend()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        nll = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        entropy = torch.zeros_like(nll)
+        for rows in _chunks(len(targets), options.head.weight.shape[0]):
+            z = _logits(hidden[rows], options.head, options)
+            log_sum = torch.logsumexp(z, dim=1)
+            nll[rows] = log_sum - z.gather(1, targets[rows, None]).view(-1)
+            if options.with_entropy:
+                entropy[rows] = log_sum - (torch.softmax(z, dim=1) * z).sum(dim=1)
+        ctx.mark_non_differentiable(entropy)
+        return nll, entropy
+
+    @staticmethod
+    def backward(ctx: Any, dnll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets, *head_tensors = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        sources = [hidden, *head_tensors]
+        totals = [torch.zeros_like(t) if want else None for t, want in zip(sources, wanted, strict=True)]
+        for rows in _chunks(len(targets), ctx.options.head.weight.shape[0]):
+            leaves = [t.detach().requires_grad_(want) for t, want in zip(sources, wanted, strict=True)]
+            leaves[0] = hidden[rows].detach().requires_grad_(wanted[0])
+            with torch.enable_grad(), ctx.backend():
+                z = _logits(leaves[0], _with_tensors(ctx.options.head, leaves[1:]), ctx.options)
+            dz = torch.softmax(z.detach(), dim=1)
+            dz[torch.arange(len(dz), device=dz.device), targets[rows]] -= 1
+            dz *= dnll[rows, None]
+            grads = iter(torch.autograd.grad(z, [leaf for leaf in leaves if leaf.requires_grad], dz))
+            for i, total in enumerate(totals):
+                if total is not None:
+                    (total[rows] if i == 0 else total).add_(next(grads))
+        return totals[0], None, None, *totals[1:]

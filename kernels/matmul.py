@@ -1,0 +1,96 @@
+"""matmul: a linear layer whose frozen weight is quantized.
+
+    forward    y  = x · Ŵᵀ + b                   Ŵ = dequantize(q), (N, K), in x.dtype
+    backward   dx = dy · Ŵ,  db = Σ_rows dy      q is frozen: it has no gradient
+
+    M rows of x (all leading dimensions), K = in_features, N = out_features
+
+Only q is saved for backward: Ŵ is dequantized again, never kept. `linear` is the dense twin, for a weight whose dtype
+may differ from the activations' (fp32 master weights under bf16 activations): the cast copy is not kept either.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant import QuantizedTensor
+
+from .dequantize import dequantize
+from .dispatch import backend_for, implementation, register, use_backend
+
+
+def matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, K) · dequantize(q)ᵀ (K, N) + bias (N,) → (…, N) in x.dtype. Differentiable in x and bias.
+
+    Raises ValueError when q is not 2-D, or x's last dimension is not q's K.
+    """
+    if len(q.shape) != 2 or x.shape[-1] != q.shape[1]:
+        raise ValueError(f"matmul needs x (…, K) and a quantized weight (N, K), got {tuple(x.shape)} and {q.shape}")
+    return _QuantizedMatmul.apply(x, bias, q)
+
+
+@register("matmul", "reference")
+def matmul_reference(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, dequantize(q, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@register("matmul_dx", "reference")
+def matmul_dx_reference(dy: Tensor, q: QuantizedTensor) -> Tensor:
+    return dy @ dequantize(q, dy.dtype)
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
+        ctx.backend = backend_for("matmul", x.device)
+        ctx.q = q
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with use_backend(ctx.backend):
+            return implementation("matmul", ctx.backend)(x, q, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            with use_backend(ctx.backend):
+                dx = implementation("matmul_dx", ctx.backend)(dy, ctx.q)
+        if ctx.needs_input_grad[1]:
+            db = _sum_rows(dy, ctx.bias_dtype)
+        return dx, db, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, K) · weightᵀ (K, N) + bias (N,) → (…, N) in x.dtype; gradients come in the dtype of what they belong to."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return _CastLinear.apply(x, weight, bias)
+
+
+class _CastLinear(torch.autograd.Function):
+    """The cast of the weight is made again in backward: saving it would keep a copy of the model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight.to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = _sum_rows(dy, ctx.bias_dtype)
+        return dx, dweight, db
+
+
+def _sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy (…, N) → (N,), accumulated in fp32 at least."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return dy.reshape(-1, dy.shape[-1]).sum(dim=0, dtype=wide).to(dtype)
