@@ -31,6 +31,6 @@ def __getattr__(name: str) -> object:
     if name.startswith("__"):
         raise AttributeError(name)
     raise ImportError(
-        f"{Path(__file__).parent}, this repository's kernels/, has no {name!r}. If Hugging Face's `kernels` package was "
-        "meant, it is hidden by this folder: run outside the repository's folder, or uninstall one of the two"
+        f"{Path(__file__).parent}, this repository's kernels/, has no {name!r}. If Hugging Face's `kernels` package "
+        "was meant, it is hidden by this folder: run outside the repository's folder, or uninstall one of the two"
     )

@@ -1,4 +1,6 @@
-"""dequantize: QuantizedTensor → float weight, ŵ = code[index] · absmax. Every backend must equal quant.dequantize to the bit.
+"""dequantize: QuantizedTensor → float weight, ŵ = code[index] · absmax.
+
+Every backend must equal quant.dequantize to the bit.
 
 The reference here differs from the definition only in how it looks up: a byte holds two codes, so a table of 256
 pairs gives two weights for one lookup. A pair of fp32 is moved as one 8-byte element (its bits are never read as a
@@ -26,7 +28,8 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     elif tuple(out.shape) != q.shape or not out.is_contiguous() or dtype not in (None, out.dtype):
         raise ValueError(
-            f"out must be contiguous, of shape {q.shape} and dtype {dtype or out.dtype}, got {tuple(out.shape)} {out.dtype}"
+            f"out must be contiguous, of shape {q.shape} and dtype {dtype or out.dtype}, "
+            f"got {tuple(out.shape)} {out.dtype}"
         )
     implementation("dequantize", backend_for("dequantize", q.device))(q, out)
     return out

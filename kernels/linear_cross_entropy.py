@@ -57,6 +57,10 @@ def linear_cross_entropy(
             f"linear_cross_entropy needs hidden (M, {D}) and targets (M,), "
             f"got {tuple(hidden.shape)} and {tuple(targets.shape)}"
         )
+    if any(term.x is not None for term in head.adapters):
+        raise ValueError(
+            "a head's adapters take the hidden states as they are: a term with its own x (dropout) cannot be"
+        )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     rows = (targets != ignore_index).nonzero().view(-1)
@@ -67,10 +71,9 @@ def linear_cross_entropy(
         )
     run = implementation("linear_cross_entropy", backend_for("linear_cross_entropy", hidden.device))
     nll, entropy = run(hidden[rows], head, counted, temperature, softcap, return_entropy)
-    nll = torch.zeros(len(targets), device=hidden.device).index_put((rows,), nll)
-    if not return_entropy:
-        return nll
-    return nll, torch.zeros(len(targets), device=hidden.device).index_put((rows,), entropy)
+    zeros = torch.zeros(len(targets), dtype=nll.dtype, device=nll.device)
+    nll = zeros.index_put((rows,), nll)
+    return (nll, zeros.index_put((rows,), entropy)) if return_entropy else nll
 
 
 @register("linear_cross_entropy", "reference")

@@ -1,4 +1,6 @@
-"""lora_matmul: a frozen base, dense or quantized, with low-rank terms beside it (LoRA, arXiv 2106.09685, eq. 3; QLoRA, eq. 5).
+"""lora_matmul: a frozen base, dense or quantized, with low-rank terms beside it.
+
+LoRA, arXiv 2106.09685, eq. 3; QLoRA, arXiv 2305.14314, eq. 5.
 
     forward    y  = c ⊙ (x · Wᵀ + Σ_i s_i · (x_i · A_iᵀ) · B_iᵀ) + b
     backward   dx = (c ⊙ dy) · W + Σ_i s_i · ((c ⊙ dy) · B_i) · A_i          (the term where x_i is x)

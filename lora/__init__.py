@@ -1,1 +1,32 @@
-"""Door sign."""
+"""lora: the layers. A frozen base (dense or 4-bit), small trainable matrices beside it, and PEFT's files for them."""
+
+from quant.imports import check_kernels_import
+
+check_kernels_import()
+
+from .adapters import AdapterState, captured_adapters, disabled_adapters, set_adapter  # noqa: E402  # after the check
+from .attach import add_adapter, count_parameters, quantize_model, trainable_parameters  # noqa: E402
+from .config import LoRAConfig  # noqa: E402
+from .linear import LoRALinear  # noqa: E402
+from .linear_nf4 import LinearNF4  # noqa: E402
+from .merge import MergeReport, merge_adapter, unmerge_adapter  # noqa: E402
+from .peft_format import load_adapter, save_adapter  # noqa: E402
+
+__all__ = [
+    "AdapterState",
+    "LinearNF4",
+    "LoRAConfig",
+    "LoRALinear",
+    "MergeReport",
+    "add_adapter",
+    "captured_adapters",
+    "count_parameters",
+    "disabled_adapters",
+    "load_adapter",
+    "merge_adapter",
+    "quantize_model",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unmerge_adapter",
+]

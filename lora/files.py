@@ -1,0 +1,47 @@
+"""Writing a folder so that nobody ever sees half of it: aside first, then renamed into place."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`; on success it takes its place, replacing what was there.
+
+    On an error nothing is left behind and `folder` is as it was. Raises OSError when the place cannot be written.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside.chmod(0o777 & ~_umask())
+    try:
+        yield aside
+        _sync(aside)
+        if target.exists():
+            old = aside.with_name(aside.name + ".old")
+            os.replace(target, old)
+            os.replace(aside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, target)
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def _sync(folder: Path) -> None:
+    """Contents reach the disk before the name does."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

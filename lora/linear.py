@@ -1,0 +1,73 @@
+"""LoRALinear: a frozen linear layer W₀ with trainable low-rank updates beside it (LoRA, arXiv 2106.09685, eq. 3).
+
+    h = W₀ x + s · B A x                   s = alpha / r
+
+    W₀ (N, K) dense or 4-bit, frozen       A (r, K), random at the start       B (N, r), zero at the start
+
+B = 0 makes the first forward the base model's. The gradient never reaches W₀, so W₀ needs neither a gradient nor
+optimizer state: r · (N + K) numbers are trained instead of N · K.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from quant import QuantizedTensor
+
+from .config import LoRAConfig
+from .linear_nf4 import LinearNF4
+
+if TYPE_CHECKING:
+    from .adapters import AdapterState
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with any number of adapters by name; `state`, shared by the model's layers, says which are on."""
+
+    def __init__(self, base_layer: nn.Linear | LinearNF4, state: "AdapterState") -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.state = state
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+
+    def add(self, name: str, config: LoRAConfig, path: str) -> None:
+        """Put adapter `name` on this layer, whose path in the model is `path`; it starts as no change at all."""
+        r, device = config.rank(path), base_weight(self.base_layer).device
+        A = torch.empty(r, self.in_features, device=device)
+        if config.init == "gaussian":
+            nn.init.normal_(A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # = uniform ±1/√in_features
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self.scaling[name] = config.scaling(path)
+        self.dropout[name] = config.dropout
+
+    def terms(self, x: Tensor | None = None) -> list[kernels.LoRATerm]:
+        """The low-rank terms that are on now; given the layer's input x, with a dropped-out copy where one is due."""
+        return [
+            kernels.LoRATerm(self.lora_A[name], self.lora_B[name], self.scaling[name], self._dropped(x, name))
+            for name in self.state.on
+            if name in self.lora_A
+        ]
+
+    def _dropped(self, x: Tensor | None, name: str) -> Tensor | None:
+        p = self.dropout[name]
+        return F.dropout(x, p) if x is not None and self.training and p > 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K) → (…, N) in x.dtype."""
+        return kernels.lora_matmul(x, base_weight(self.base_layer), self.terms(x), bias=self.base_layer.bias)
+
+
+def base_weight(layer: nn.Module) -> Tensor | QuantizedTensor:
+    """W₀ as the kernels take it: (N, K) dense or quantized."""
+    return layer.quantized if isinstance(layer, LinearNF4) else layer.weight  # type: ignore[return-value]

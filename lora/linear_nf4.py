@@ -1,0 +1,78 @@
+"""LinearNF4: a frozen linear layer that holds 4-bit codes instead of a weight.
+
+    y = x · dequantize(q)ᵀ + bias
+
+The bytes (`packed`, and `absmax_8bit` under double quantization) are uint8 Parameters without a gradient, so that
+whatever shards parameters shards them. Scales and maps are fp32 buffers, and stay fp32 under .half(), .bfloat16() and
+every other cast of the module: another dtype would be another weight.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from quant import QuantizedTensor
+from quant.tensor import shared_map
+
+BYTES = ("packed", "absmax_8bit")
+MAPS = ("code", "absmax_code")
+
+
+class LinearNF4(nn.Module):
+    """A linear layer over a 2-D QuantizedTensor of any quant_type. bias: (N,) or None, frozen too."""
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self._frame = q.with_tensors({name: torch.empty(0) for name in q.tensors()})
+        for name, tensor in q.tensors().items():
+            if name in BYTES:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+    ) -> "LinearNF4":
+        """Quantize weight (N, K); errors are quant.quantize's."""
+        return cls(
+            kernels.quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant), bias
+        )
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight, holding this module's tensors as they are now."""
+        return self._frame.with_tensors({name: getattr(self, name).detach() for name in self._frame.tensors()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K) → (…, N) in x.dtype."""
+        return kernels.matmul(x, self.quantized, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearNF4":
+        """What .to(), .half() and their kind call: scales move to another device, and keep their dtype."""
+        scales = {name: self._buffers[name] for name in self._frame.tensors() if name not in BYTES}
+        super()._apply(fn, recurse)
+        for name, before in scales.items():
+            assert before is not None
+            device = self.quantized.packed.device
+            self._buffers[name] = shared_map(before, device) if name in MAPS else before.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        frame: Any = self._frame
+        form = "double-quantized" if frame.double_quant else "plain"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {frame.quant_type}, "
+            f"blocksize={frame.blocksize}, {form} absmax, bias={self.bias is not None}"
+        )

@@ -1,0 +1,87 @@
+"""Merge an adapter into its base, and take it out again to the exact bits.
+
+    W' = cast(W + s · B A)        W: the dense weight, or dequantize(q); the sum in fp32, one rounding at the end
+
+A merged layer is an ordinary linear layer. The layers that it replaced stay, untouched, in the MergeReport: putting
+them back is exact, where subtracting s · BA from W' would not be. Drop the report to free them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from quant import QuantizedTensor
+
+from .adapters import adapter_state, lora_layers
+from .attach import replace_module
+from .linear import LoRALinear, base_weight
+from .linear_nf4 import LinearNF4
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging cost, layer by layer, and the layers that unmerge_adapter puts back."""
+
+    adapter: str
+    weight_error: dict[str, float]
+    """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Above 1, rounding outweighs the adapter."""
+    originals: dict[str, LoRALinear]
+
+
+def merge_adapter(
+    model: nn.Module, name: str = "default", into: str = "dense", dtype: torch.dtype | None = None
+) -> MergeReport:
+    """Replace each layer of adapter `name` by one merged layer, in place.
+
+    into: "dense" (nn.Linear, in `dtype`, by default the dtype of the dense or quantized weight) or "nf4" (quantized
+    again as the base was; a dense base raises ValueError). Raises ValueError for an unknown adapter or `into`.
+    """
+    state = adapter_state(model)
+    if name not in state.configs:
+        raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
+    if into not in ("dense", "nf4"):
+        raise ValueError(f"into must be 'dense' or 'nf4', got {into!r}")
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
+    weight_error = {}
+    for path, layer in layers.items():
+        merged, weight_error[path] = _merged(layer, name, into, dtype)
+        replace_module(model, path, merged)
+    return MergeReport(name, weight_error, layers)
+
+
+def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
+    """Put back the layers that merge_adapter replaced: the same objects, the same bits."""
+    for path, layer in report.originals.items():
+        replace_module(model, path, layer)
+
+
+@torch.no_grad()
+def _merged(layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+    base = base_weight(layer.base_layer)
+    delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
+    exact = _dense(base) + delta
+    bias = layer.base_layer.bias
+    if into == "nf4":
+        if not isinstance(base, QuantizedTensor):
+            raise ValueError("into='nf4' needs a 4-bit base: quantize the model first, or merge into 'dense'")
+        q = kernels.quantize(
+            exact.to(base.dtype), quant_type=base.quant_type, blocksize=base.blocksize, double_quant=base.double_quant
+        )
+        return LinearNF4(q, bias), _relative_error(kernels.dequantize(q), exact, delta)
+    merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    merged.weight = nn.Parameter(exact.to(dtype or base.dtype), requires_grad=False)
+    if bias is not None:
+        merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return merged, _relative_error(merged.weight, exact, delta)
+
+
+def _dense(base: Tensor | QuantizedTensor) -> Tensor:
+    return kernels.dequantize(base, torch.float32) if isinstance(base, QuantizedTensor) else base.float()
+
+
+def _relative_error(weight: Tensor, exact: Tensor, delta: Tensor) -> float:
+    size = float(delta.double().norm())
+    error = float((weight.double() - exact.double()).norm())
+    return error / size if size else error
