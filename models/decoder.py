@@ -1,0 +1,271 @@
+"""Decoder: the Llama architecture (arXiv 2302.13971), under the names of Hugging Face's checkpoints.
+
+    x  = embed_tokens[ids]
+    x  = x + o_proj(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h)))       h = RMSNorm(x), in every layer
+    x  = x + down_proj(silu(gate_proj(h)) ⊙ up_proj(h))                           h = RMSNorm(x)
+    logits = lm_head(RMSNorm(x))
+
+    RMSNorm(x) = x / √(mean(x²) + ε) ⊙ g                                          (arXiv 1910.07467, eq. 4)
+
+    B batch, T tokens, D hidden_size, V vocabulary, H heads, Kv key-value heads, Dh head_dim
+
+Precision is explicit, there is no autocast. Activations are in `compute_dtype`; a dense weight of another dtype is
+cast where it is used, so that fp32 master weights run in bf16 by setting compute_dtype alone. Norms and rotary angles
+are computed in fp32, and logits come back in fp32.
+
+Left out: dropout (Llama has none), and every other family.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from lora import LoRALinear, captured_adapters
+from lora.linear import base_weight
+
+from .attention import (
+    Runs,
+    apply_rope,
+    cached_attention,
+    causal_attention,
+    document_runs,
+    rope_frequencies,
+    rope_tables,
+)
+from .config import DecoderConfig
+from .kv_cache import KVCache
+
+
+class Shared(NamedTuple):
+    """What every layer of one forward uses."""
+
+    cos: Tensor
+    sin: Tensor
+    runs: Runs | None
+    """the documents, where rows hold several"""
+    cache: KVCache | None = None
+    only_new: bool = True
+    """the new tokens attend to one another alone: no cache, or one that was empty"""
+    mask: Tensor | None = None
+    """over the cache, where something in it is hidden from some query"""
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) for a dense, 4-bit or LoRA layer, (…, K) → (…, N) in x.dtype."""
+    if isinstance(layer, nn.Linear) and layer.weight.dtype != x.dtype:
+        return kernels.linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D) → (…, D) in x.dtype."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        D, Dh, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim = layer, Dh
+        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=bias)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(project(self.q_proj, x).view(heads), shared.cos, shared.sin)  # (B, T, H, Dh)
+        k = apply_rope(project(self.k_proj, x).view(heads), shared.cos, shared.sin)  # (B, T, Kv, Dh)
+        v = project(self.v_proj, x).view(heads)
+        if shared.cache is not None:
+            all_k, all_v = shared.cache.write(self.layer, k, v)
+        if shared.only_new:
+            y = causal_attention(q, k, v, shared.runs)
+        else:
+            y = cached_attention(q, all_k, all_v, shared.mask)
+        return project(self.o_proj, y.reshape(*x.shape[:2], -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        return project(self.down_proj, F.silu(project(self.gate_proj, x)) * project(self.up_proj, x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), shared)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Everything below the head; `model` in checkpoints."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A Llama decoder. `gradient_checkpointing` trades one more forward of every layer for its activations."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+        self.tie_weights()
+        self.gradient_checkpointing = False
+        self._compute_dtype: torch.dtype | None = None
+        self._frequencies = rope_frequencies(config)  # a plain attribute: no cast of the module may round it
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of the activations: that of the embeddings, unless set."""
+        return self._compute_dtype or self.model.embed_tokens.weight.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self._compute_dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def tie_weights(self) -> None:
+        """With tie_word_embeddings, lm_head.weight is the Parameter embed_tokens.weight."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor:
+        """Logits fp32 (B, T, V), or the hidden states under the head (B, T, D) with return_hidden.
+
+        input_ids int64 (B, T). segment_ids int64 (B, T): 0 is padding, a document is one stretch of an id ≥ 1; all
+        one document by default. position_ids int64 (B, T): by default they count from 0 in every document, or go on
+        from what the cache holds. What comes out at padding is unspecified.
+        With a cache, padding must be on the right; the tokens are added to the cache. Raises ValueError for
+        segment_ids that break these rules, and when the cache is full.
+        """
+        shared = self._shared(input_ids, position_ids, segment_ids, cache)
+        x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        context_fn = self._captured() if recompute else None
+        for layer in self.model.layers:
+            if context_fn is not None:
+                x = checkpoint(layer, x, shared, use_reentrant=False, context_fn=context_fn)
+            else:
+                x = layer(x, shared)
+        hidden = self.model.norm(x)
+        return hidden if return_hidden else self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head alone: (…, D) → fp32 (…, V)."""
+        return project(self.lm_head, hidden).float()
+
+    def head(self) -> kernels.Head:
+        """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now."""
+        layer = self.lm_head
+        terms: list[kernels.LoRATerm] = []
+        if isinstance(layer, LoRALinear):
+            terms, layer = layer.terms(), layer.base_layer
+        return kernels.Head(base_weight(layer), tuple(terms), layer.bias)
+
+    def _shared(
+        self, input_ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, cache: KVCache | None
+    ) -> Shared:
+        runs = None if segment_ids is None else document_runs(segment_ids)
+        if cache is None:
+            if position_ids is None:
+                position_ids = document_positions(input_ids, segment_ids if runs else None)
+            return Shared(*self._rope(position_ids), runs)
+        continues = position_ids is None and runs is None and (segment_ids is None or cache.used == 0)
+        next_positions, next_segments = cache.next_tokens(input_ids.shape[1])
+        if position_ids is None:
+            position_ids = document_positions(input_ids, segment_ids) if runs else next_positions
+        segments = next_segments if segment_ids is None else segment_ids
+        kept = _kept(input_ids, segment_ids)
+        only_new = cache.used == 0
+        cache.extend(position_ids, segments, kept, continues)
+        mask = None if only_new else cache.mask(position_ids, segments, self.compute_dtype)
+        return Shared(*self._rope(position_ids), runs, cache, only_new, mask)
+
+    def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_tables(position_ids, self._frequencies.to(position_ids.device))
+
+    def _captured(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        """For checkpoint: backward recomputes with the backend and the adapters of the forward."""
+        entered_again = (kernels.captured_backend(), captured_adapters(self))
+
+        @contextmanager
+        def as_in_forward() -> Iterator[None]:
+            with ExitStack() as stack:
+                for enter in entered_again:
+                    stack.enter_context(enter())
+                yield
+
+        return lambda: (nullcontext(), as_in_forward())
+
+
+def document_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Positions that count from 0 in every stretch of equal segment ids: int64, (B, T); (1, T) without segment_ids."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    if segment_ids is None:
+        return index
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def _kept(input_ids: Tensor, segment_ids: Tensor | None) -> list[int]:
+    """Tokens of each row that are not padding. Raises ValueError when padding has a token on its right."""
+    B, T = input_ids.shape
+    if segment_ids is None:
+        return [T] * B
+    real = segment_ids != 0
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError("with a cache, padding must be on the right of every row: segment_ids has a token after a 0")
+    return real.sum(dim=1).tolist()

@@ -1,0 +1,195 @@
+"""load_model: a Decoder from any source, filled tensor by tensor, a few rows at a time, in 4 bits if asked.
+
+    source → checkpoint (config, names, shapes)       files are opened, nothing is read
+           → Decoder on the meta device               shapes without memory
+           → names and shapes compared                every fault is found before the first weight is read
+           → each tensor: rows → dtype → its place, or rows → dtype → 4-bit codes
+
+What lies in memory beyond the finished model is a few row chunks, 16 MB each: with `quantize` no dense layer ever
+exists whole. Rows are cast to `dtype` before they are quantized, so that the codes are those of the dense model.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from lora import LinearNF4
+from lora.attach import HEAD, replace_module
+from quant import BLOCKSIZES, QuantizedTensor, dynamic_map
+from quant.double_quant import quantize_absmax
+
+from .config import DecoderConfig
+from .decoder import Decoder
+from .gguf_llama import GGUFCheckpoint
+from .safetensors_format import SafetensorsFolder
+from .source import locate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANT_TYPES = ("nf4", "fp4")
+CHUNK = 1 << 22  # elements of a row chunk
+UNUSED = ".rotary_emb.inv_freq"  # written by old versions of transformers, recomputed here
+
+
+class Checkpoint(Protocol):
+    """What a file format offers."""
+
+    config: DecoderConfig
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def where(self, name: str) -> str:
+        """The file and tensor, for errors."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start … stop (elements, of a 1-D tensor), in any float dtype; only valid until the next call."""
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A Decoder in eval mode from a Hugging Face folder, a .gguf file, a hub id or a built-in name (smollm2-135m).
+
+    dtype: of every dense parameter, and of what 4-bit weights dequantize to; None keeps the checkpoint's (fp32 for a
+    GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head.
+    Raises ValueError, in one line naming the file and the tensor, when the source is missing, damaged, not supported,
+    or does not fit its config, and when a weight is NaN or infinite.
+    """
+    _check_options(dtype, quantize, blocksize)
+    path = locate(source)
+    checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
+    dtype = dtype or _supported(checkpoint.dtype)
+    with torch.device("meta"):
+        model = Decoder(checkpoint.config)
+    _check_tensors(model, checkpoint)
+    for name, module in list(model.named_modules()):
+        if quantize is not None and isinstance(module, nn.Linear) and name != HEAD:
+            q = _read_quantized(checkpoint, f"{name}.weight", dtype, quantize, blocksize, double_quant, device)
+            bias = None if module.bias is None else _read_dense(checkpoint, f"{name}.bias", dtype, device)
+            replace_module(model, name, LinearNF4(q, bias))
+            continue
+        if name == HEAD and checkpoint.config.tie_word_embeddings:
+            continue
+        for leaf, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, f"{name}.{leaf}", dtype, device)))
+    model.tie_weights()
+    return model.eval()
+
+
+def _check_options(dtype: torch.dtype | None, quantize: str | None, blocksize: int) -> None:
+    if dtype is not None:
+        _supported(dtype)
+    if quantize not in (None, *QUANT_TYPES):
+        raise ValueError(f"quantize must be None, {' or '.join(QUANT_TYPES)}, got {quantize!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
+
+
+def _supported(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+    return dtype
+
+
+def _check_tensors(model: Decoder, checkpoint: Checkpoint) -> None:
+    """The checkpoint holds the model's tensors, in its shapes, and no others."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = sorted(expected.keys() - checkpoint.shapes.keys())
+    if missing:
+        raise ValueError(f"{checkpoint.where(missing[0])} is missing{_and_more(missing)}")
+    head = f"{HEAD}.weight"
+    extra = {name for name in checkpoint.shapes if name not in expected and not name.endswith(UNUSED)}
+    if head in extra:
+        _check_tied_head(checkpoint, head)
+        extra.remove(head)
+    if extra:
+        first = sorted(extra)
+        raise ValueError(f"{checkpoint.where(first[0])} does not belong to a {model.config.architecture}{_and_more(first)}")
+    for name, shape in expected.items():
+        if checkpoint.shapes[name] != shape:
+            raise ValueError(f"{checkpoint.where(name)} has shape {checkpoint.shapes[name]}, the config needs {shape}")
+
+
+def _check_tied_head(checkpoint: Checkpoint, head: str) -> None:
+    """A tied checkpoint may store its head as well, when it equals the embeddings."""
+    embeddings = "model.embed_tokens.weight"
+    same = checkpoint.shapes[head] == checkpoint.shapes[embeddings]
+    for start, stop in _row_chunks(checkpoint.shapes[embeddings], 1):
+        same = same and torch.equal(
+            checkpoint.read_rows(head, start, stop).clone(), checkpoint.read_rows(embeddings, start, stop)
+        )
+    if not same:
+        raise ValueError(f"{checkpoint.where(head)} differs from {embeddings}, but tie_word_embeddings is true")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of chunks of rows, about CHUNK elements each, `multiple` dividing all their sizes but the last."""
+    row = shape[1] if len(shape) == 2 else 1
+    step = max(CHUNK // row // multiple, 1) * multiple
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def _chunks(
+    checkpoint: Checkpoint, name: str, multiple: int, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, rows in dtype). Raises ValueError when a row holds NaN or infinity, in its dtype or in `dtype`."""
+    for start, stop in _row_chunks(checkpoint.shapes[name], multiple):
+        stored = checkpoint.read_rows(name, start, stop)
+        rows = stored.to(device, dtype)
+        if not torch.isfinite(torch.stack(torch.aminmax(rows))).all():
+            overflow = torch.isfinite(stored).all()
+            cause = f", since {str(dtype).removeprefix('torch.')} cannot hold its values" if overflow else ""
+            raise ValueError(f"{checkpoint.where(name)} holds NaN or infinity{cause}")
+        yield start, stop, rows
+
+
+def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    out = torch.empty(checkpoint.shapes[name], dtype=dtype, device=device)
+    for start, stop, rows in _chunks(checkpoint, name, 1, dtype, device):
+        out[start:stop] = rows
+    return out
+
+
+def _read_quantized(
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: torch.dtype,
+    quant_type: str,
+    blocksize: int,
+    double_quant: bool,
+    device: torch.device | str,
+) -> QuantizedTensor:
+    """kernels.quantize of the whole weight, to the bit, a chunk at a time: blocks do not know one another.
+
+    Double quantization does: its offset is the mean of all scales, so it waits for the last chunk.
+    """
+    N, K = checkpoint.shapes[name]
+    packed = torch.empty(-(-N * K // 2), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-N * K // blocksize), dtype=torch.float32, device=device)
+    whole_blocks = blocksize // math.gcd(K, blocksize)  # the fewest rows that end where a block ends
+    for start, stop, rows in _chunks(checkpoint, name, whole_blocks, dtype, device):
+        q = kernels.quantize(rows, quant_type=quant_type, blocksize=blocksize, double_quant=False)
+        packed[start * K // 2 :][: q.packed.numel()] = q.packed
+        absmax[start * K // blocksize :][: q.n_blocks] = q.scales()
+    whole = {"shape": (N, K), "dtype": dtype, "blocksize": blocksize, "quant_type": quant_type, "code": q.code}
+    if not double_quant:
+        return QuantizedTensor(packed=packed, absmax=absmax, **whole)
+    absmax_code = dynamic_map(signed=True).to(device)
+    absmax_8bit, absmax2, offset = quantize_absmax(absmax, absmax_code)
+    second = {"absmax_8bit": absmax_8bit, "absmax_code": absmax_code, "absmax2": absmax2, "absmax_offset": offset}
+    return QuantizedTensor(packed=packed, absmax=None, **whole, **second)

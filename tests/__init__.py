@@ -1,0 +1,1 @@
+"""The tests. `tests.reference` is the independent math that they compare with."""

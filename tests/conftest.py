@@ -1,0 +1,25 @@
+"""What every test gets: the same random numbers each time, and, on request, fresh memory full of NaN."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """While the test runs, torch.empty and its kin return NaN (255 in uint8), so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all(), "torch no longer fills uninitialised memory in deterministic mode"
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,1 @@
+"""Tests against the libraries this repository must agree with, really installed and really run."""

@@ -1,0 +1,108 @@
+"""Checkpoints: everything a run needs to go on to the same bits.
+
+    step-000040/
+      trainable.safetensors    every trainable parameter, in its own dtype
+      optimizer.safetensors    <parameter>.exp_avg, <parameter>.exp_avg_sq, <parameter>.step
+      state.json               step, counters, and the torch RNG state in hex (dropout)
+
+The order of the data needs no state: it is a function of seed and step. A folder is written aside and renamed, so one
+that has its name is whole.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lora.files import written_aside
+
+Parameters = Sequence[tuple[str, nn.Parameter]]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    counters: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write folder/step-N, then delete all but the last `keep`. Returns its path."""
+    path = folder / f"step-{step:06d}"
+    moments = {
+        f"{name}.{key}": value.detach().cpu()
+        for name, parameter in parameters
+        for key, value in optimizer.state[parameter].items()
+    }
+    state = {"step": step, "counters": counters, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
+    with written_aside(path) as aside:
+        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters}
+        safetensors.torch.save_file(weights, aside / "trainable.safetensors")
+        safetensors.torch.save_file(moments, aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for old in all_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Put parameters, optimizer state and torch's RNG back. Returns (step, counters).
+
+    Raises ValueError, naming the file and the parameter, when something is missing, corrupt or of another shape.
+    """
+    state = _read_json(path / "state.json")
+    weights = _read_tensors(path / "trainable.safetensors")
+    moments = _read_tensors(path / "optimizer.safetensors")
+    for name, parameter in parameters:
+        _fits(weights.get(name), parameter, f"{path / 'trainable.safetensors'}: {name}")
+        for key in ("exp_avg", "exp_avg_sq"):
+            _fits(moments.get(f"{name}.{key}"), parameter, f"{path / 'optimizer.safetensors'}: {name}.{key}")
+    with torch.no_grad():
+        for name, parameter in parameters:
+            parameter.copy_(weights[name])
+            optimizer.state[parameter] = {
+                "step": moments[f"{name}.step"],
+                "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
+                "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
+            }
+    try:
+        rng = torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8)
+        step, counters = int(state["step"]), dict(state["counters"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'state.json'} is not a checkpoint's state: {error}") from None
+    torch.set_rng_state(rng)
+    return step, counters
+
+
+def _fits(tensor: Tensor | None, parameter: nn.Parameter, where: str) -> None:
+    if tensor is None or tensor.shape != parameter.shape:
+        found = "nothing" if tensor is None else tuple(tensor.shape)
+        raise ValueError(f"{where} must have shape {tuple(parameter.shape)}, found {found}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(state).__name__}")
+    return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,77 @@
+"""What every trainer's loop does: one optimizer step over a window of micro-batches, and evaluation.
+
+A window is all the rows of one update, over all micro-batches and all ranks. Each loss is a sum over its items divided
+by `num_items`, the item count of the whole window, known before the first forward. The gradients of the micro-batches
+then add up to the gradient of the window, however it is cut: 1 × 8 rows equal 8 × 1, with rows of any length. (A mean
+of micro-batch means would weigh tokens in short rows more.)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import world
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+def train_step(
+    micro_batches: Sequence[MicroBatch],
+    loss_of: Callable[[MicroBatch], Tensor],
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> tuple[float, float]:
+    """One update; loss_of gives a micro-batch's share of the window's loss. Returns (loss, gradient norm unclipped).
+
+    Raises ValueError when a trainable parameter gets no gradient, or the loss or a gradient is not finite; the
+    parameters are then as before the step.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    for micro_batch in micro_batches:
+        share = loss_of(micro_batch)
+        share.backward()
+        loss += share.item()
+    loss = world.sum_over_world(loss)
+    check_gradients(parameters)
+    tensors = [parameter for _, parameter in parameters]
+    world.sum_gradients(tensors)
+    grad_norm = float(nn.utils.clip_grad_norm_(tensors, max_grad_norm if max_grad_norm > 0 else math.inf))
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise ValueError(f"training needs finite numbers: loss is {loss}, gradient norm {grad_norm}; lower the rate")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return loss, grad_norm
+
+
+def check_gradients(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raises ValueError when a trainable parameter took no part in the loss: it would silently stay untrained."""
+    missing = [name for name, parameter in parameters if parameter.grad is None]
+    if missing:
+        raise ValueError(f"{len(missing)} trainable parameters got no gradient, the first {missing[0]}")
+
+
+def split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Rows in micro-batches of at most `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Sequence[MicroBatch], nll_of: Callable[[MicroBatch], tuple[Tensor, int]]
+) -> float:
+    """Mean loss per item over all batches; nll_of gives (sum, items). The model is in eval mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        sums = [nll_of(batch) for batch in batches]
+    finally:
+        model.train(was_training)
+    return sum(float(total) for total, _ in sums) / max(1, sum(items for _, items in sums))

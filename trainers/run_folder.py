@@ -1,0 +1,83 @@
+"""A run's folder, and whether an old one may be continued.
+
+runs/NAME/
+  config.json      the flags, and the environment: backend, threads, versions, hash of the data
+  metrics.jsonl    one line a step
+  checkpoints/     step-N, enough to resume to the same bits
+  adapter/ | model/    the result, in PEFT's or transformers' format
+  samples.jsonl  plots/
+"""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.dispatch import asked_backend
+
+from . import world
+
+RESUMABLE = {"out", "resume", "save_every", "keep_checkpoints", "samples"}
+"""Flags that may change between a run and its continuation: they do not touch a bit of the result."""
+
+
+def environment(data_hash: str) -> dict[str, Any]:
+    """What must be the same for a resumed run to give the same bits."""
+    return {
+        "data_sha256": data_hash,
+        "backend": asked_backend(),
+        "threads": torch.get_num_threads(),
+        "world_size": world.world_size(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def rows_hash(rows: list[dict[str, Any]]) -> str:
+    """sha256 of a dataset's rows: a changed file is noticed wherever it lies."""
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=True, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def start(out: Path, config: dict[str, Any], env: dict[str, Any], *, resume: bool) -> None:
+    """Make the folder and its config.json, or, resuming, check that nothing that matters has changed.
+
+    Raises ValueError when the folder holds a run and resume is not asked for, when there is nothing to resume, or,
+    naming the field, when a flag or the environment differs from the run's.
+    """
+    path = out / "config.json"
+    if resume:
+        _check_same(_read(path), {"config": config, "environment": env}, path)
+        return
+    if path.exists():
+        raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
+    if world.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"config": config, "environment": env})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file aside and rename it into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--resume needs a run to go on with, and {path.parent} holds none")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from None
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    for part, fields in now.items():
+        for field, value in json.loads(json.dumps(fields)).items():
+            was = before.get(part, {}).get(field)
+            if field not in RESUMABLE and was != value:
+                raise ValueError(f"a resumed run must be as it was: {path} has {field} {was!r}, now it is {value!r}")

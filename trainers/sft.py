@@ -1,0 +1,345 @@
+"""Supervised fine-tuning: full, LoRA or QLoRA, one loop.
+
+    L = -(1 / n) Σ_rows Σ_t m_t log p(token_t | tokens_<t)          n = Σ m over the whole window of one update
+
+m is 1 on the answers and their end token, 0 on prompts and padding. The three methods differ only in what is trained:
+
+    full    every weight; fp32 master weights, activations in `dtype`
+    lora    A and B (fp32) beside a frozen dense base in `dtype`
+    qlora   A and B (fp32) beside a frozen 4-bit base; what stays dense (embeddings, norms, head) in `dtype`
+
+    qlora sft --model smollm2-135m --data rows.jsonl --method qlora --out runs/first
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch, collate, step_rows
+from data.encode import Encoded, EncodedDataset, encode_dataset, encode_prompt
+from data.schema import Schema, detect, to_messages
+from data.sources import read_rows
+from lora import LoRAConfig, add_adapter, count_parameters, save_adapter, trainable_parameters
+from models import Decoder, Tokenizer, generate, load_model, load_tokenizer, save_model
+from optim import SCHEDULES, decay_groups, learning_rate
+
+from . import run_folder, world
+from .checkpoint import all_checkpoints, load_checkpoint, save_checkpoint
+from .logprobs import per_token_nll
+from .loop import evaluate, split, train_step
+from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes, plot_loss, read_metrics
+from .recipes import METHODS, default_learning_rate
+
+
+def sft_loss(nll: Tensor, completion_mask: Tensor, num_items: int | None = None) -> Tensor:
+    """Σ m · nll / num_items: a micro-batch's share of the window's loss, a scalar.
+
+    nll: fp32 (B, T-1), of token t+1 at position t. completion_mask: (B, T). num_items: counted tokens of the whole
+    window over all ranks; None means this batch's own. A batch without a counted token gives 0, not NaN.
+    """
+    mask = completion_mask[:, 1:]
+    return (nll * mask).sum() / max(1, num_items if num_items is not None else int(mask.sum()))
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: full, LoRA or QLoRA."""
+
+    data: str
+    """Training rows: FILE.jsonl, .json or .csv, or FOLDER:SPLIT; Alpaca, prompt/completion or messages."""
+    out: str
+    """The run's folder, for example runs/first. It must not hold a run, unless --resume."""
+    model: str = "smollm2-135m"
+    """Base model: built-in name, Hugging Face folder, .gguf file, or hub id."""
+    method: Literal["full", "lora", "qlora"] = "qlora"
+    """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
+    eval_data: str | None = None
+    """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
+
+    r: int = 16
+    """LoRA rank."""
+    alpha: float = 16.0
+    """LoRA α: the update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """LoRA dropout."""
+    target_modules: str = "all-linear"
+    """all-linear, names with commas between (q_proj,v_proj), or a regex of the full path."""
+    use_rslora: bool = False
+    """Scale by alpha / √r."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book (qlora)."""
+    blocksize: int = 64
+    """Weights that share one scale (qlora)."""
+    double_quant: bool = True
+    """Quantize the scales too (qlora)."""
+
+    max_steps: int | None = None
+    """Optimizer steps; by default what --epochs makes."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    batch_size: int = 4
+    """Rows in one forward, on each process."""
+    accumulation: int = 4
+    """Forwards in one update: batch_size · accumulation rows on each process."""
+    learning_rate: float | None = None
+    """Peak rate; by default 2e-4 for lora and qlora, 2e-5 for full (trainers/recipes.py)."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """After warm-up: stay, or fall to zero."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the rate rises."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm; 0 turns it off. The norm is logged as it was before clipping."""
+    max_seq_length: int = 1024
+    """Longer rows lose their end, and are counted."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Frozen weights and activations. What is trained stays fp32."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and compute the rest again in backward: less memory, a third more time."""
+    seed: int = 42
+    """Order of the rows, start of A, dropout."""
+    threads: int | None = None
+    """CPU threads; by default torch's choice. Bits are the same only for the same number."""
+
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves none."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    samples: int = 4
+    """Held-out rows answered at the end, into samples.jsonl."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, to the same bits as if nothing had happened."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "max_seq_length", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "save_every", "samples", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative, got {getattr(self, name)}")
+        _require(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, got {self.max_steps}")
+        _require(self.epochs > 0, f"--epochs must be above 0, got {self.epochs}")
+        rate = self.learning_rate
+        _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
+        _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
+        _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    @property
+    def peak_rate(self) -> float:
+        return self.learning_rate if self.learning_rate is not None else default_learning_rate(self.method)
+
+    def lora(self) -> LoRAConfig:
+        """The adapter that these flags describe. Raises ValueError for values that make none."""
+        names = self.target_modules.split(",")
+        return LoRAConfig(
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=names if len(names) > 1 or self.target_modules.isidentifier() else self.target_modules,
+            use_rslora=self.use_rslora,
+        )
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with."""
+
+    out: str
+    steps: int
+    loss: float
+    """Of the last step's window."""
+    eval_loss: float | None
+    seconds: float
+    """In optimizer steps, over all sessions of the run."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def run(config: SFTConfig, *, quiet: bool = False) -> RunResult:
+    """Train, write the run's folder, and return how it went. Raises ValueError or OSError for what a user got wrong."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    rows, schema = read_dataset(config.data)
+    env = run_folder.environment(run_folder.rows_hash(rows))
+    run_folder.start(out, asdict(config), env, resume=config.resume)
+
+    tokenizer = load_tokenizer(config.model)
+    train_set = encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=config.data)
+    eval_rows, eval_schema = read_dataset(config.eval_data) if config.eval_data else ([], None)
+    eval_set = _encode_eval(config, tokenizer, eval_rows, eval_schema)
+    model = prepare_model(config)
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.peak_rate)
+
+    window = config.batch_size * config.accumulation * world.world_size()
+    total_steps = config.max_steps or max(1, math.ceil(len(train_set.examples) * config.epochs / window))
+    done, speed = 0, Speed()
+    if config.resume and (found := all_checkpoints(out / "checkpoints")):
+        done, counters = load_checkpoint(found[-1], parameters, optimizer)
+        speed = Speed(counters["seconds"], counters["tokens"])
+    metrics = MetricsFile(out / "metrics.jsonl", resume_after=done if config.resume else None)
+    progress = ProgressLine(total_steps, done, quiet=quiet or not world.is_main())
+    trainable, total = count_parameters(model)
+    progress.say(f"{config.model}, {config.method}: {trainable:,} of {total:,} parameters train, seed {config.seed}")
+    progress.say(f"data: {schema.explanation}; {train_set.report}")
+
+    loss, eval_loss = math.nan, None
+    model.train()
+    try:
+        for step in range(done, total_steps):
+            batches = _window(train_set, window, step, config, tokenizer.pad_id)
+            tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+            rate = _rate(config, step, total_steps)
+            with speed.measured(tokens):
+                loss, grad_norm = _update(model, batches, parameters, optimizer, rate, config.max_grad_norm)
+            now = step + 1
+            row: dict[str, Any] = {"step": now, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+            row |= {"tokens": speed.tokens, "seconds": round(speed.seconds, 3)}
+            row |= {"tokens_per_second": round(speed.tokens_per_second, 1), "peak_memory_bytes": peak_memory_bytes()}
+            last = now == total_steps
+            if eval_set and (last or (config.eval_every and now % config.eval_every == 0)):
+                eval_loss = evaluate_loss(model, eval_set.examples, config.batch_size, tokenizer.pad_id)
+                row["eval_loss"] = eval_loss
+                progress.say(f"step {now}: loss {eval_loss:.4f} on {len(eval_set.examples)} held-out rows")
+            progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
+            if world.is_main():
+                metrics.write(**row)
+                if config.save_every and now % config.save_every == 0:
+                    counters = {"seconds": speed.seconds, "tokens": speed.tokens}
+                    folder = out / "checkpoints"
+                    save_checkpoint(folder, now, parameters, optimizer, counters, config.keep_checkpoints)
+    finally:
+        progress.close()
+    result = RunResult(
+        config.out, total_steps, loss, eval_loss, speed.seconds, speed.tokens_per_second, peak_memory_bytes()
+    )
+    if world.is_main():
+        _write_results(config, model, tokenizer, metrics.path, eval_rows, eval_schema, progress)
+    return result
+
+
+def read_dataset(source: str) -> tuple[list[dict[str, Any]], Schema]:
+    """The rows of a data file and the shape they were found to have."""
+    rows = read_rows(source)
+    return rows, detect(rows, source)
+
+
+def prepare_model(config: SFTConfig) -> Decoder:
+    """The base model as the method wants it, with its adapter if it has one. Seeds torch for the start of A."""
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    torch.manual_seed(config.seed)
+    if config.method == "full":
+        model = load_model(config.model, dtype=torch.float32)
+        model.compute_dtype = dtype
+    else:
+        model = load_model(
+            config.model,
+            dtype=dtype,
+            quantize=config.quant_type if config.method == "qlora" else None,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+        )
+        add_adapter(model, config.lora())
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
+
+
+def _window(train_set: EncodedDataset, window: int, step: int, config: SFTConfig, pad_id: int) -> list[Batch]:
+    """This rank's micro-batches of optimizer step `step`."""
+    rows = world.my_rows(step_rows(len(train_set.examples), window, step, config.seed))
+    return [collate([train_set.examples[i] for i in part], pad_id=pad_id) for part in split(rows, config.batch_size)]
+
+
+def _update(
+    model: Decoder, batches: list[Batch], parameters: Any, optimizer: torch.optim.Optimizer, rate: float, clip: float
+) -> tuple[float, float]:
+    num_items = int(world.sum_over_world(sum(int(batch.completion_mask[:, 1:].sum()) for batch in batches)))
+
+    def loss_of(batch: Batch) -> Tensor:
+        nll = per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
+        return sft_loss(nll, batch.completion_mask, num_items)
+
+    return train_step(batches, loss_of, parameters, optimizer, learning_rate=rate, max_grad_norm=clip)
+
+
+def _rate(config: SFTConfig, step: int, total_steps: int) -> float:
+    warmup_steps = round(config.warmup_ratio * total_steps)
+    return learning_rate(
+        step, total_steps=total_steps, peak=config.peak_rate, warmup_steps=warmup_steps, schedule=config.schedule
+    )
+
+
+def evaluate_loss(model: Decoder, examples: list[Encoded], batch_size: int, pad_id: int) -> float:
+    """Mean loss per learnt token over the examples, in nats."""
+
+    def nll_of(batch: Batch) -> tuple[Tensor, int]:
+        nll = per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
+        return nll.sum(), int(batch.completion_mask[:, 1:].sum())
+
+    return evaluate(model, [collate(part, pad_id=pad_id) for part in split(examples, batch_size)], nll_of)
+
+
+def _encode_eval(
+    config: SFTConfig, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema | None
+) -> EncodedDataset | None:
+    if schema is None:
+        return None
+    path = config.eval_data or ""
+    return encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=path)
+
+
+def _write_results(
+    config: SFTConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    metrics: Path,
+    eval_rows: list[dict[str, Any]],
+    eval_schema: Schema | None,
+    progress: ProgressLine,
+) -> None:
+    out = Path(config.out)
+    if config.method == "full":
+        save_model(model, out / "model", tokenizer=tokenizer)
+        progress.say(f"saved {out / 'model'}")
+    else:
+        save_adapter(model, out / "adapter", base_model_name=config.model)
+        progress.say(f"saved {out / 'adapter'}")
+    if not plot_loss(read_metrics(metrics), out / "plots" / "loss.png"):
+        progress.say("no loss curve was drawn: matplotlib is not installed (the extra `plot` has it)")
+    if eval_schema is not None and config.samples:
+        _write_samples(out / "samples.jsonl", model, tokenizer, eval_rows[: config.samples], eval_schema)
+
+
+def _write_samples(
+    path: Path, model: Decoder, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema
+) -> None:
+    """Answers to a few held-out prompts, greedy, beside the answers wanted."""
+    conversations = [to_messages(row, schema, f"row {i + 1}") for i, row in enumerate(rows)]
+    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
+    model.eval()
+    completions = generate(model, prompts, max_new_tokens=128, stop_ids=tokenizer.eos_ids)
+    lines = []
+    for messages, completion in zip(conversations, completions, strict=True):
+        answer = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        sample = {"prompt": messages[:-1], "completion": answer, "wanted": messages[-1]["content"]}
+        lines.append(json.dumps(sample, ensure_ascii=False))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
