@@ -1,4 +1,4 @@
-"""Only an editable install is supported: this file stops every other build with one line. pyproject.toml has the rest."""
+"""Only an editable install is supported: any other build stops here, with one line. pyproject.toml has the rest."""
 
 from setuptools import setup
 from setuptools.command.build_py import build_py

@@ -18,7 +18,7 @@ def answer(
     max_new_tokens: int,
     batch_size: int = 25,
 ) -> tuple[list[str], list[Completion]]:
-    """The model's greedy answer to each conversation's last user turn, as text and as ids. The wanted answer is unseen."""
+    """The model's greedy answer in place of each conversation's last turn, as text and as ids."""
     prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
     completions: list[Completion] = []
     for start in range(0, len(prompts), batch_size):
@@ -28,12 +28,12 @@ def answer(
 
 
 def exact_matches(answers: Sequence[str], wanted: Sequence[str]) -> list[bool]:
-    """Whether each answer is the one wanted: as JSON values where the wanted answer is JSON, else as text, ends trimmed."""
+    """Whether each answer is the one wanted: as a JSON value where it is one, else as text, ends trimmed."""
     return [_value(got) == _value(want) for got, want in zip(answers, wanted, strict=True)]
 
 
 def json_fields(answers: Sequence[str], wanted: Sequence[str]) -> float | None:
-    """Share of the wanted JSON objects' fields that the answers give exactly; None unless every wanted answer is one."""
+    """Share of the wanted JSON objects' fields that are given exactly; None unless every wanted answer is one."""
     right = total = 0
     for got, want in zip(answers, wanted, strict=True):
         target, value = _value(want), _value(got)

@@ -7,9 +7,9 @@ __all__ = ["SFTConfig", "run"]
 
 
 def run(config: SFTConfig) -> None:
-    result = sft.run(config)
+    result = sft.train(config).result
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out rows"
     print(
         f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}{held_out}; "
-        f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_memory_bytes / 1e9:.2f} GB peak; results in {result.out}"
+        f"{result.tokens_per_second:,.0f} tokens/s, {result.peak_memory_bytes / 1e9:.2f} GB peak; see {result.out}"
     )

@@ -1,1 +1,35 @@
-"""Door sign."""
+"""data: from a user's file to token ids and a mask of what is learnt.
+
+file ──sources──▶ rows ──schema──▶ messages ──chat──▶ text ──spans──▶ places ──encode──▶ ids + mask ──batch──▶ tensors
+"""
+
+from .batch import Batch, collate, epoch_order, rank_share, step_rows
+from .chat import Message, Tokenizer, render, template_of
+from .encode import Encoded, EncodedDataset, EncodeReport, encode_dataset, encode_messages, encode_prompt
+from .schema import Schema, detect, to_messages
+from .show import legend, show
+from .sources import read_rows
+
+__all__ = [
+    "Batch",
+    "EncodeReport",
+    "Encoded",
+    "EncodedDataset",
+    "Message",
+    "Schema",
+    "Tokenizer",
+    "collate",
+    "detect",
+    "encode_dataset",
+    "encode_messages",
+    "encode_prompt",
+    "epoch_order",
+    "legend",
+    "rank_share",
+    "read_rows",
+    "render",
+    "show",
+    "step_rows",
+    "template_of",
+    "to_messages",
+]

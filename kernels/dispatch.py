@@ -33,7 +33,7 @@ def register(operation: str, backend: str) -> Callable[[Callable[..., Any]], Cal
 
 def asked_backend() -> str:
     """What `use_backend` or QLORA_BACKEND asks for now, "auto" when neither does. Raises ValueError if unknown."""
-    return _checked(_asked.get() or os.environ.get("QLORA_BACKEND") or "auto")
+    return _asked.get() or _checked(os.environ.get("QLORA_BACKEND") or "auto", "QLORA_BACKEND")
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _why_missing(backend: str) -> str:
     return f"no {backend} kernel is part of this version"
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, what: str = "backend") -> str:
     if name not in CHOICES:
-        raise ValueError(f"backend must be one of {', '.join(CHOICES)}, got {name!r}")
+        raise ValueError(f"{what} must be one of {', '.join(CHOICES)}, got {name!r}")
     return name

@@ -1,8 +1,8 @@
 """linear_cross_entropy: the last layer and its loss together, so that no (M, V) tensor of logits exists.
 
     z   = softcap(x · Wᵀ + …) / τ                 logits of a row, fp32; softcap(z) = c · tanh(z / c)
-    nll = log Σ_v exp z_v - z_target              = -log softmax(z)[target]
-    H   = log Σ_v exp z_v - Σ_v p_v z_v           entropy of p = softmax(z), on request, without a gradient
+    nll = -log softmax(z)[target]
+    H   = -Σ_v p_v log p_v                        entropy of p = softmax(z), on request, without a gradient
     dz  = dnll · (p - onehot(target))
 
     M rows, D hidden size, V vocabulary
@@ -11,6 +11,7 @@ Rows go through in chunks; backward computes the logits of a chunk again. At V =
 are 201 MB in fp32, and their gradient as much again; a chunk is 32 MiB.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ def linear_cross_entropy(
     """Per-token negative log-likelihood, fp32 (M,); 0 where targets is ignore_index. With return_entropy (nll, H).
 
     hidden (M, D), targets int64 (M,). Differentiable in hidden and in every tensor of the head that requires a
-    gradient. Raises ValueError for shapes that do not fit, a target outside the vocabulary, or temperature ≤ 0.
+    gradient. Raises ValueError for shapes that do not fit, a target outside the vocabulary, a temperature or
+    softcap that is not positive, or an adapter of the head with an input of its own.
     """
     head = head if isinstance(head, Head) else Head(head)
     V, D = head.weight.shape
@@ -61,8 +63,9 @@ def linear_cross_entropy(
         raise ValueError(
             "a head's adapters take the hidden states as they are: a term with its own x (dropout) cannot be"
         )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
     rows = (targets != ignore_index).nonzero().view(-1)
     counted = targets[rows]
     if len(rows) and (counted.min() < 0 or counted.max() >= V):
@@ -132,10 +135,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         entropy = torch.zeros_like(nll)
         for rows in _chunks(len(targets), options.head.weight.shape[0]):
             z = _logits(hidden[rows], options.head, options)
-            log_sum = torch.logsumexp(z, dim=1)
-            nll[rows] = log_sum - z.gather(1, targets[rows, None]).view(-1)
+            logps = torch.log_softmax(z, dim=1)
+            nll[rows] = -logps.gather(1, targets[rows, None]).view(-1)
             if options.with_entropy:
-                entropy[rows] = log_sum - (torch.softmax(z, dim=1) * z).sum(dim=1)
+                entropy[rows] = -(logps.exp() * logps).sum(dim=1)
         ctx.mark_non_differentiable(entropy)
         return nll, entropy
 
@@ -144,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, targets, *head_tensors = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         sources = [hidden, *head_tensors]
-        totals = [torch.zeros_like(t) if want else None for t, want in zip(sources, wanted, strict=True)]
+        totals = [_wide_zeros(t) if want else None for t, want in zip(sources, wanted, strict=True)]
         for rows in _chunks(len(targets), ctx.options.head.weight.shape[0]):
             leaves = [t.detach().requires_grad_(want) for t, want in zip(sources, wanted, strict=True)]
             leaves[0] = hidden[rows].detach().requires_grad_(wanted[0])
@@ -157,4 +160,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i, total in enumerate(totals):
                 if total is not None:
                     (total[rows] if i == 0 else total).add_(next(grads))
-        return totals[0], None, None, *totals[1:]
+        grads_out = [None if t is None else t.to(s.dtype) for t, s in zip(totals, sources, strict=True)]
+        return grads_out[0], None, None, *grads_out[1:]
+
+
+def _wide_zeros(like: Tensor) -> Tensor:
+    """What the chunks' gradients are summed in: fp32 at least, or small chunks would be lost in a bf16 total."""
+    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

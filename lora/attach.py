@@ -1,11 +1,11 @@
 """Attach adapters to a model: find the layers, wrap them, freeze the rest, count what is left to train."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from .adapters import AdapterState, lora_layers, set_adapter
-from .config import LoRAConfig, matches
+from .config import ALL_LINEAR, LoRAConfig, matches
 from .linear import LoRALinear
 from .linear_nf4 import LinearNF4
 
@@ -32,15 +32,17 @@ def quantize_model(
 def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
     """Put a new adapter on every target, freeze everything else, and make it the active one. Returns the model.
 
-    Raises ValueError when the name is taken or not a plain word, or when the targets match no linear layer.
+    Raises ValueError when the name is taken or not a plain word, or when the targets match no linear layer, or match
+    a module that is not linear.
     """
     state = getattr(model, "adapter_state", None) or AdapterState()
     if name in state.configs:
         raise ValueError(f"an adapter named {name!r} is on this model already")
-    if not name.isidentifier():
-        raise ValueError(f"an adapter's name must be letters, digits and _, not starting with a digit, got {name!r}")
+    if not name.isidentifier() or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"an adapter's name must be letters, digits and _, and no method's name, got {name!r}")
     candidates = linear_layers(model)
-    targets = {path: layer for path, layer in candidates.items() if _is_target(path, config)}
+    _check_others(model, candidates, config)
+    targets = {path: layer for path, layer in candidates.items() if is_target(path, config)}
     if not targets:
         known = sorted({path.rsplit(".", 1)[-1] for path in candidates})
         raise ValueError(f"target_modules {config.target_modules!r} match no linear layer: the model has {known}")
@@ -58,9 +60,23 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> 
     return model
 
 
-def _is_target(path: str, config: LoRAConfig) -> bool:
+def is_target(path: str, config: LoRAConfig) -> bool:
+    """Whether the linear layer at `path` gets an adapter; the head does only when it is named."""
     is_head = path.rsplit(".", 1)[-1] == HEAD
-    return config.targets(path) and not (is_head and config.target_modules == "all-linear")
+    return config.targets(path) and not (is_head and config.target_modules == ALL_LINEAR)
+
+
+def _check_others(model: nn.Module, linear: Collection[str], config: LoRAConfig) -> None:
+    """Raises ValueError when the targets name a module that is not linear, such as an embedding, as PEFT does."""
+    if config.target_modules == ALL_LINEAR:
+        return
+    inside = tuple(f"{path}." for path in lora_layers(model))
+    for path, module in model.named_modules():
+        if path and path not in linear and not path.startswith(inside) and config.targets(path):
+            raise ValueError(
+                f"target_modules {config.target_modules!r} match {path} ({type(module).__name__}): "
+                "only linear layers can have an adapter in this version"
+            )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
 """Writing a folder so that nobody ever sees half of it: aside first, then renamed into place."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -14,8 +15,10 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
 
     On an error nothing is left behind and `folder` is as it was. Raises OSError when the place cannot be written.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()  # of a link, what it points to
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     aside.chmod(0o777 & ~_umask())
     try:

@@ -4,7 +4,8 @@
 
 The bytes (`packed`, and `absmax_8bit` under double quantization) are uint8 Parameters without a gradient, so that
 whatever shards parameters shards them. Scales and maps are fp32 buffers, and stay fp32 under .half(), .bfloat16() and
-every other cast of the module: another dtype would be another weight.
+every other cast of the module: another dtype would be another weight. The maps are one tensor for all layers, and no
+part of the state dict: loading one must not write to them.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class LinearNF4(nn.Module):
             if name in BYTES:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, tensor, persistent=name not in MAPS)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod

@@ -16,6 +16,7 @@ from quant import QuantizedTensor
 
 from .adapters import adapter_state, lora_layers
 from .attach import replace_module
+from .config import LoRAConfig
 from .linear import LoRALinear, base_weight
 from .linear_nf4 import LinearNF4
 
@@ -28,15 +29,19 @@ class MergeReport:
     weight_error: dict[str, float]
     """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Above 1, rounding outweighs the adapter."""
     originals: dict[str, LoRALinear]
+    config: LoRAConfig
+    active: tuple[str, ...]
+    """The adapters that were active before."""
 
 
 def merge_adapter(
     model: nn.Module, name: str = "default", into: str = "dense", dtype: torch.dtype | None = None
 ) -> MergeReport:
-    """Replace each layer of adapter `name` by one merged layer, in place.
+    """Replace each layer of adapter `name` by one merged layer, in place; the model then has no adapter of that name.
 
     into: "dense" (nn.Linear, in `dtype`, by default the dtype of the dense or quantized weight) or "nf4" (quantized
-    again as the base was; a dense base raises ValueError). Raises ValueError for an unknown adapter or `into`.
+    again as the base was; a dense base raises ValueError). Raises ValueError for an unknown adapter or `into`, and
+    when another adapter sits on the same layers. On an error the model is as it was.
     """
     state = adapter_state(model)
     if name not in state.configs:
@@ -44,17 +49,31 @@ def merge_adapter(
     if into not in ("dense", "nf4"):
         raise ValueError(f"into must be 'dense' or 'nf4', got {into!r}")
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    weight_error = {}
-    for path, layer in layers.items():
-        merged, weight_error[path] = _merged(layer, name, into, dtype)
-        replace_module(model, path, merged)
-    return MergeReport(name, weight_error, layers)
+    others = sorted({other for layer in layers.values() for other in layer.lora_A} - {name})
+    if others:
+        raise ValueError(f"merging {name!r} would lose {others}, on the same layers: merge before adding another")
+    merged = {path: _merged(layer, name, into, dtype) for path, layer in layers.items()}
+    for path, (new, _) in merged.items():
+        replace_module(model, path, new)
+    report = MergeReport(name, {path: e for path, (_, e) in merged.items()}, layers, state.configs[name], state.active)
+    del state.configs[name]
+    state.active = tuple(active for active in state.active if active != name)
+    return report
 
 
 def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
-    """Put back the layers that merge_adapter replaced: the same objects, the same bits."""
+    """Put back the layers that merge_adapter replaced: the same objects, the same bits, the same active adapters.
+
+    Raises ValueError when a merged layer has got another adapter since.
+    """
+    for path in report.originals:
+        if isinstance(model.get_submodule(path), LoRALinear):
+            raise ValueError(f"unmerging {report.adapter!r} would lose the adapters that {path} has got since")
     for path, layer in report.originals.items():
         replace_module(model, path, layer)
+    state = adapter_state(model)
+    state.configs[report.adapter] = report.config
+    state.active = report.active
 
 
 @torch.no_grad()

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .adapters import adapter_state, lora_layers
-from .attach import add_adapter, linear_layers
+from .attach import add_adapter, is_target, linear_layers
 from .config import LoRAConfig
 from .files import written_aside
+from .linear import LoRALinear, base_weight
 
-PREFIX = "base_model.model."
+PREFIX, BASE_COPY = "base_model.model.", ".base_layer.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNSUPPORTED = {
     "use_dora": False,
     "lora_bias": False,
@@ -34,8 +36,17 @@ UNSUPPORTED = {
     "layer_replication": None,
     "alora_invocation_tokens": None,
     "use_bdlora": None,
+    "use_qalora": False,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+    "ensure_weight_tying": False,
 }
 """PEFT fields that change the math and that this version does not compute, each with the value that means 'off'."""
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""init_lora_weights that leave the base as it is. An adapter of pissa, olora, corda, loftq or lora_ga belongs to a base
+that its start has changed (PEFT's save_pretrained can convert it), and mica trains A alone."""
 
 
 def save_adapter(
@@ -43,8 +54,10 @@ def save_adapter(
 ) -> None:
     """Write adapter `name` so that PEFT loads it. The folder is written aside, then takes the place of an older one.
 
-    Raises ValueError for an unknown adapter, OSError where the folder cannot be written.
+    Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
+    lost. OSError where the folder cannot be written.
     """
+    folder = Path(folder)
     state = adapter_state(model)
     if name not in state.configs:
         raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
@@ -54,8 +67,11 @@ def save_adapter(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().cpu().contiguous()
     config = _to_peft(state.configs[name], list(layers), base_model_name)
+    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, "README.md"} if folder.is_dir() else set()
+    if others:
+        raise ValueError(f"{folder} must be new, empty or an adapter's folder to be written, it holds {sorted(others)}")
     with written_aside(folder) as aside:
-        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        _write_tensors(tensors, aside / WEIGHTS)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -66,10 +82,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     the math and is not supported, or an adapter that was made for another base model.
     """
     folder = Path(folder)
-    config = _from_peft(_read_config(folder / CONFIG), folder / CONFIG)
-    pairs = _pairs(_read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    _check_base(model, pairs, config, folder)
+    fields = _read_config(folder / CONFIG)
+    config = _from_peft(fields, folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS)
+    _drop_base_copies(model, tensors, folder / WEIGHTS)
+    pairs = _pairs(tensors, folder / WEIGHTS)
     exact = _exactly(config, pairs)
+    if fields.get("layers_pattern") or not fields.get("target_modules"):
+        config = exact
+    _check_base(model, pairs, config, folder)
     add_adapter(model, exact, name)
     for path, layer in lora_layers(model).items():
         if path in pairs:
@@ -115,8 +136,9 @@ def _to_peft(config: LoRAConfig, paths: list[str], base_model_name: str | None) 
 def _from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type must be 'LORA', got {fields.get('peft_type')!r}")
-    for field, off in UNSUPPORTED.items():
-        if fields.get(field, off) not in (off, None, [], {}):
+    off_values: dict[str, tuple[Any, ...]] = {field: (off, None, [], {}) for field, off in UNSUPPORTED.items()}
+    for field, off in (off_values | {"init_lora_weights": PLAIN_INITS}).items():
+        if fields.get(field) not in off:
             raise ValueError(
                 f"{where}: {field}={fields[field]!r} changes the math and is not supported in this version"
             )
@@ -124,6 +146,7 @@ def _from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
         if field not in fields:
             raise ValueError(f"{where} must have the field {field!r}")
     init = "gaussian" if fields.get("init_lora_weights") == "gaussian" else "kaiming"
+    layers = fields.get("layers_to_transform")
     try:
         return LoRAConfig(
             r=fields["r"],
@@ -136,10 +159,8 @@ def _from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
             init=init,
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
-            layers_to_transform=fields.get("layers_to_transform"),
+            layers_to_transform=[layers] if type(layers) is int else layers or None,
         )
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where} holds a field of the wrong type: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -165,6 +186,24 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _drop_base_copies(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Take out <path>.base_layer.weight, which PEFT adds for a targeted head. It must be what this base has there."""
+    layers = linear_layers(model)
+    for key in [key for key in tensors if key.endswith(BASE_COPY)]:
+        copy = tensors.pop(key)
+        layer = layers.get(key.removeprefix(PREFIX).removesuffix(BASE_COPY))
+        base = base_weight(layer.base_layer if isinstance(layer, LoRALinear) else layer) if layer else None
+        if base is None or (isinstance(base, Tensor) and not torch.equal(copy.to(base), base)):
+            raise ValueError(f"{where} is an adapter for another base model: {key} is not this one's weight")
+
+
 def _pairs(tensors: dict[str, Tensor], where: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """{path: (A, B)}. Any key that is not one half of such a pair is an error: nothing is silently lost."""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -172,6 +211,8 @@ def _pairs(tensors: dict[str, Tensor], where: Path) -> dict[str, tuple[Tensor, T
         path, _, half = key.removesuffix(".weight").rpartition(".")
         if not key.startswith(PREFIX) or half not in ("lora_A", "lora_B"):
             raise ValueError(f"{where}: key {key!r} is not a lora_A or lora_B weight, and nothing else is supported")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{where}: {key} must hold {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
         halves.setdefault(path.removeprefix(PREFIX), {})[half] = tensor
     for path, found in halves.items():
         if set(found) != {"lora_A", "lora_B"}:
@@ -189,8 +230,15 @@ def _check_base(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], confi
         layer: Any = layers[path]
         r = config.rank(path)
         wanted = ((r, layer.in_features), (layer.out_features, r))
+        if (A.shape[1:], B.shape[:1]) == (wanted[0][1:], wanted[1][:1]) and A.shape[0] == B.shape[1] != r:
+            raise ValueError(f"{folder}: {path} has rank {A.shape[0]} in {WEIGHTS}, and {r} by the fields of {CONFIG}")
         if (tuple(A.shape), tuple(B.shape)) != wanted:
             raise ValueError(
                 f"{folder} is an adapter for another base model: {path} needs A and B of {wanted[0]} and {wanted[1]}, "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
+    missing = [path for path in layers if is_target(path, config) and path not in pairs]
+    if missing:
+        raise ValueError(
+            f"{folder} is an adapter for another base model: it has no weights for {missing[0]}, one of its targets"
+        )

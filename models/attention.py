@@ -98,7 +98,7 @@ def document_runs(segment_ids: Tensor) -> Runs | None:
             if stop < len(ids) and ids[stop] == ids[start]:
                 continue
             if ids[start] < 0 or ids[start] in seen:
-                rule = "be 0 (padding) or at least 1" if ids[start] < 0 else "be one stretch of the row for each document"
+                rule = "be at least 0" if ids[start] < 0 else "name each document of a row in one stretch"
                 raise ValueError(f"segment_ids must {rule}, got {ids[start]} at row {row}, column {start}")
             if ids[start] != 0:
                 seen.add(ids[start])

@@ -14,7 +14,7 @@ ARCHITECTURES, its settings in DecoderConfig, and what it does differently in de
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +114,18 @@ class DecoderConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json, in the older spelling of rope."""
-        raw: dict[str, Any] = {
+        renamed = ("architecture", "rope", "eos_token_ids")
+        same = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in renamed}
+        eos: Any = list(self.eos_token_ids) or None
+        return {
             "architectures": [self.architecture],
             "model_type": "llama",
             "hidden_act": "silu",
             "rope_theta": self.rope.theta,
             "rope_scaling": _rope_scaling(self.rope),
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
-            "pad_token_id": self.pad_token_id,
+            "eos_token_id": eos[0] if eos and len(eos) == 1 else eos,
+            **same,
         }
-        same_names = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias initializer_range"
-        )
-        return raw | {name: getattr(self, name) for name in same_names.split()}
 
 
 def read_config(path: Path) -> DecoderConfig:
@@ -190,10 +187,9 @@ def _rope(raw: dict[str, Any], where: str) -> RopeConfig:
         high_freq_factor=_number(given, "high_freq_factor", where),
         original_max_position_embeddings=_integer(given, "original_max_position_embeddings", where, context),
     )
-    if rope.low_freq_factor >= rope.high_freq_factor:
-        raise ValueError(
-            f"{where}: low_freq_factor ({rope.low_freq_factor}) must be below high_freq_factor ({rope.high_freq_factor})"
-        )
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if low >= high:
+        raise ValueError(f"{where}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
     return rope
 
 

@@ -208,11 +208,11 @@ class Decoder(nn.Module):
 
     def head(self) -> kernels.Head:
         """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now."""
-        layer = self.lm_head
+        layer: nn.Module = self.lm_head
         terms: list[kernels.LoRATerm] = []
         if isinstance(layer, LoRALinear):
             terms, layer = layer.terms(), layer.base_layer
-        return kernels.Head(base_weight(layer), tuple(terms), layer.bias)
+        return kernels.Head(base_weight(layer), tuple(terms), layer.bias)  # type: ignore[arg-type]
 
     def _shared(
         self, input_ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, cache: KVCache | None

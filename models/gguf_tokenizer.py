@@ -41,7 +41,7 @@ def gguf_tokenizer_files(header: GGUFHeader) -> dict[str, Any]:
     merges = _strings(header, "merges")
     model, pre = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre")
     if model != "gpt2":
-        raise ValueError(f"{where}: tokenizer model {model!r} is not supported; supported in GGUF: gpt2 (byte-level BPE)")
+        raise ValueError(f"{where}: tokenizer model {model!r} is not supported; supported in GGUF: gpt2")
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ValueError(f"{where}: pre-tokenizer {pre!r} is not supported; supported in GGUF: {known}")

@@ -5,12 +5,13 @@
            → names and shapes compared                every fault is found before the first weight is read
            → each tensor: rows → dtype → its place, or rows → dtype → 4-bit codes
 
-What lies in memory beyond the finished model is a few row chunks, 16 MB each: with `quantize` no dense layer ever
+What lies in memory beyond the finished model is a few row chunks of 4 MB: with `quantize` no dense layer ever
 exists whole. Rows are cast to `dtype` before they are quantized, so that the codes are those of the dense model.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,12 +27,12 @@ from quant.double_quant import quantize_absmax
 from .config import DecoderConfig
 from .decoder import Decoder
 from .gguf_llama import GGUFCheckpoint
-from .safetensors_format import SafetensorsFolder
+from .safetensors_format import SafetensorsFolder, and_more
 from .source import locate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANT_TYPES = ("nf4", "fp4")
-CHUNK = 1 << 22  # elements of a row chunk
+CHUNK = 1 << 20  # elements of a row chunk
 UNUSED = ".rotary_emb.inv_freq"  # written by old versions of transformers, recomputed here
 
 
@@ -106,15 +107,15 @@ def _check_tensors(model: Decoder, checkpoint: Checkpoint) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - checkpoint.shapes.keys())
     if missing:
-        raise ValueError(f"{checkpoint.where(missing[0])} is missing{_and_more(missing)}")
+        raise ValueError(f"{checkpoint.where(missing[0])} is missing{and_more(missing)}")
     head = f"{HEAD}.weight"
     extra = {name for name in checkpoint.shapes if name not in expected and not name.endswith(UNUSED)}
     if head in extra:
         _check_tied_head(checkpoint, head)
         extra.remove(head)
     if extra:
-        first = sorted(extra)
-        raise ValueError(f"{checkpoint.where(first[0])} does not belong to a {model.config.architecture}{_and_more(first)}")
+        names, family = sorted(extra), model.config.architecture
+        raise ValueError(f"{checkpoint.where(names[0])} does not belong to a {family}{and_more(names)}")
     for name, shape in expected.items():
         if checkpoint.shapes[name] != shape:
             raise ValueError(f"{checkpoint.where(name)} has shape {checkpoint.shapes[name]}, the config needs {shape}")
@@ -132,10 +133,6 @@ def _check_tied_head(checkpoint: Checkpoint, head: str) -> None:
         raise ValueError(f"{checkpoint.where(head)} differs from {embeddings}, but tie_word_embeddings is true")
 
 
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
 def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of chunks of rows, about CHUNK elements each, `multiple` dividing all their sizes but the last."""
     row = shape[1] if len(shape) == 2 else 1
@@ -146,8 +143,8 @@ def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[tuple[int, in
 
 def _chunks(
     checkpoint: Checkpoint, name: str, multiple: int, dtype: torch.dtype, device: torch.device | str
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, rows in dtype). Raises ValueError when a row holds NaN or infinity, in its dtype or in `dtype`."""
+) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, rows in dtype). Raises ValueError for NaN and infinity, stored or made by the cast."""
     for start, stop in _row_chunks(checkpoint.shapes[name], multiple):
         stored = checkpoint.read_rows(name, start, stop)
         rows = stored.to(device, dtype)
@@ -155,13 +152,13 @@ def _chunks(
             overflow = torch.isfinite(stored).all()
             cause = f", since {str(dtype).removeprefix('torch.')} cannot hold its values" if overflow else ""
             raise ValueError(f"{checkpoint.where(name)} holds NaN or infinity{cause}")
-        yield start, stop, rows
+        yield start, rows
 
 
 def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     out = torch.empty(checkpoint.shapes[name], dtype=dtype, device=device)
-    for start, stop, rows in _chunks(checkpoint, name, 1, dtype, device):
-        out[start:stop] = rows
+    for start, rows in _chunks(checkpoint, name, 1, dtype, device):
+        out[start : start + len(rows)] = rows
     return out
 
 
@@ -182,14 +179,20 @@ def _read_quantized(
     packed = torch.empty(-(-N * K // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-N * K // blocksize), dtype=torch.float32, device=device)
     whole_blocks = blocksize // math.gcd(K, blocksize)  # the fewest rows that end where a block ends
-    for start, stop, rows in _chunks(checkpoint, name, whole_blocks, dtype, device):
+    for start, rows in _chunks(checkpoint, name, whole_blocks, dtype, device):
         q = kernels.quantize(rows, quant_type=quant_type, blocksize=blocksize, double_quant=False)
         packed[start * K // 2 :][: q.packed.numel()] = q.packed
         absmax[start * K // blocksize :][: q.n_blocks] = q.scales()
-    whole = {"shape": (N, K), "dtype": dtype, "blocksize": blocksize, "quant_type": quant_type, "code": q.code}
+    whole = replace(q, packed=packed, absmax=absmax, shape=(N, K))
     if not double_quant:
-        return QuantizedTensor(packed=packed, absmax=absmax, **whole)
+        return whole
     absmax_code = dynamic_map(signed=True).to(device)
-    absmax_8bit, absmax2, offset = quantize_absmax(absmax, absmax_code)
-    second = {"absmax_8bit": absmax_8bit, "absmax_code": absmax_code, "absmax2": absmax2, "absmax_offset": offset}
-    return QuantizedTensor(packed=packed, absmax=None, **whole, **second)
+    absmax_8bit, absmax2, absmax_offset = quantize_absmax(absmax, absmax_code)
+    return replace(
+        whole,
+        absmax=None,
+        absmax_8bit=absmax_8bit,
+        absmax_code=absmax_code,
+        absmax2=absmax2,
+        absmax_offset=absmax_offset,
+    )

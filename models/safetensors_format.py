@@ -47,6 +47,11 @@ class SafetensorsFolder:
         return self._open[self.files[name]].get_slice(name)[start:stop]
 
 
+def and_more(names: list[str]) -> str:
+    """For an error that shows the first of several."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
@@ -58,7 +63,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{folder / INDEX}: weight_map names {outside}, which is not a file of this folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder / INDEX}: the folder lacks {len(missing)} of its {len(names)} files: {missing[0]}")
+            raise ValueError(f"{folder / INDEX}: names {missing[0]}, which the folder lacks{and_more(missing)}")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]

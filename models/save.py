@@ -54,7 +54,7 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: in
     if len(shards) == 1:
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})

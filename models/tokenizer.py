@@ -4,8 +4,12 @@
                            generation_config.json (which tokens end a turn)
     .gguf file             its metadata (gguf_tokenizer.py)
 
-The work is done by the `tokenizers` library. `encode` never adds BOS or EOS: a chat template writes them itself, and
-adding them twice is a classic mistake; `adds_bos` tells whoever encodes plain text whether the model expects BOS.
+The work is done by the `tokenizers` library. Byte-level vocabularies give every text back to the byte, if they have a
+token for every byte: SmolLM2's lacks six control characters (U+0004, 06, 13, 14, 16, 1D) and the lead bytes F1 and F2
+of unassigned planes, which vanish, here as in transformers.
+
+`encode` never adds BOS or EOS: a chat template writes them itself, and adding them twice is a classic mistake;
+`adds_bos` tells whoever encodes plain text whether the model expects BOS.
 """
 
 import json
@@ -16,7 +20,7 @@ from typing import Any
 
 import tokenizers
 
-from data.chat import render
+from data.chat import render, template_of
 
 from .config import read_json
 from .gguf_format import read_header
@@ -85,11 +89,12 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
     ) -> list[int]:
-        """Ids of a conversation. Raises ValueError when there is no template, or the template refuses the messages."""
-        if self.chat_template is None:
-            raise ValueError(f"{self._files.where}: the tokenizer has no chat template")
+        """Ids of a conversation, in the model's template or the plain one of data.chat.
+
+        Raises ValueError when the template refuses the messages.
+        """
         text = render(
-            self.chat_template,
+            template_of(self),
             messages,
             bos_token=self.bos_token,
             eos_token=self.eos_token,

@@ -14,14 +14,14 @@ Only nf4 and fp4 exist there.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blockwise import BLOCKSIZES
-from .codebook import codebook, dynamic_map
+from .codebook import codebook
 from .double_quant import BLOCKSIZE2
 from .tensor import QuantizedTensor, shared_map
 
@@ -85,7 +85,7 @@ def from_bnb_state_dict(tensors: Mapping[str, Tensor], name: str) -> QuantizedTe
         scales = {
             "absmax": None,
             "absmax_8bit": scales["absmax"],
-            "absmax_code": _known_map(tensors, f"{name}.nested_quant_map", dynamic_map(signed=True)),
+            "absmax_code": _stored_map(tensors, f"{name}.nested_quant_map"),
             "absmax2": absmax2,
             "absmax_offset": torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device),
             "blocksize2": state["nested_blocksize"],
@@ -119,23 +119,30 @@ def _read_state(tensor: Tensor, key: str) -> dict[str, Any]:
     wanted = _FIELDS | _NESTED_FIELDS if _NESTED_FIELDS & set(state) else _FIELDS
     if set(state) != wanted:
         raise ValueError(f"{key} must hold the fields {sorted(wanted)}, got {sorted(state)}")
-    _check_field(key, state, "blocksize", state["blocksize"] in BLOCKSIZES, f"one of {BLOCKSIZES}")
-    _check_field(key, state, "dtype", state["dtype"] in _DTYPES, f"one of {sorted(_DTYPES)}")
+    _check_field(key, state, "blocksize", _is_one_of(state["blocksize"], BLOCKSIZES), f"one of {BLOCKSIZES}")
+    _check_field(key, state, "dtype", _is_one_of(state["dtype"], _DTYPES), f"one of {sorted(_DTYPES)}")
     shape = state["shape"]
     is_shape = isinstance(shape, list) and len(shape) > 0 and all(type(d) is int and d > 0 for d in shape)
     _check_field(key, state, "shape", is_shape, "a list of positive whole numbers")
     if "nested_offset" in state:
-        _check_field(key, state, "nested_blocksize", state["nested_blocksize"] == BLOCKSIZE2, str(BLOCKSIZE2))
+        _check_field(
+            key, state, "nested_blocksize", _is_one_of(state["nested_blocksize"], (BLOCKSIZE2,)), str(BLOCKSIZE2)
+        )
         _check_field(key, state, "nested_dtype", state["nested_dtype"] == "float32", "'float32'")
         offset = state["nested_offset"]
-        is_number = type(offset) in (int, float) and math.isfinite(offset)
-        _check_field(key, state, "nested_offset", is_number, "a finite number")
+        is_number = type(offset) in (int, float) and abs(offset) <= torch.finfo(torch.float32).max
+        _check_field(key, state, "nested_offset", is_number, "a finite fp32 number")
     return state
 
 
 def _check_field(key: str, state: dict[str, Any], field: str, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"{key}: {field} must be {rule}, got {state[field]!r}")
+
+
+def _is_one_of(value: Any, allowed: Collection[Any]) -> bool:
+    """value in allowed, and of the same type: JSON's 64.0 is no block size."""
+    return isinstance(value, (int, str)) and value in allowed
 
 
 def _get(tensors: Mapping[str, Tensor], key: str) -> Tensor:
@@ -150,8 +157,17 @@ def _check_size(key: str, tensor: Tensor, size: int, dtype: torch.dtype) -> None
 
 
 def _known_map(tensors: Mapping[str, Tensor], key: str, levels: Tensor) -> Tensor:
-    """The map we derive, once the file's is found equal: every layer then shares one tensor."""
+    """The code book we derive, once the file's is found equal. (bitsandbytes goes by the type, whatever the file says.)"""
     stored = _get(tensors, key)
     if stored.dtype != torch.float32 or not torch.equal(stored.cpu().view(-1), levels):
         raise ValueError(f"{key} must be the {len(levels)} levels of its type, and differs from them")
     return shared_map(levels, stored.device)
+
+
+def _stored_map(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """The file's 8-bit map, which is what bitsandbytes dequantizes with; equal maps share one tensor."""
+    stored = _get(tensors, key).view(-1)
+    _check_size(key, stored, 256, torch.float32)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"{key} must hold finite levels, found NaN or infinity")
+    return shared_map(stored, stored.device)

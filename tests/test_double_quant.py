@@ -89,6 +89,12 @@ def test_one_ulp_beside_a_tie_goes_to_the_nearer_level() -> None:
     assert torch.equal(nearest_even(above, dynamic_map()).long(), torch.arange(1, 256))
 
 
+def test_a_midpoint_that_fp32_must_round_goes_to_the_level_it_was_rounded_towards() -> None:
+    middle = ((dynamic_map().double()[:-1] + dynamic_map().double()[1:]) / 2).float()
+    expected = [reference.nearest_code_even(value, dynamic_map().tolist()) for value in middle.tolist()]
+    assert nearest_even(middle, dynamic_map()).tolist() == expected
+
+
 def test_levels_and_both_ends_map_to_themselves() -> None:
     assert torch.equal(nearest_even(dynamic_map(), dynamic_map()).long(), torch.arange(256))
     assert nearest_even(torch.tensor([-1.0]), dynamic_map()).item() == 0  # there is no -1: the lowest level is nearest

@@ -162,8 +162,17 @@ class RunResult:
     peak_memory_bytes: int
 
 
-def run(config: SFTConfig, *, quiet: bool = False) -> RunResult:
-    """Train, write the run's folder, and return how it went. Raises ValueError or OSError for what a user got wrong."""
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the model as it is in memory, and how it went."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    result: RunResult
+
+
+def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
+    """Train and write the run's folder. Raises ValueError or OSError for what a user got wrong."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
@@ -223,7 +232,7 @@ def run(config: SFTConfig, *, quiet: bool = False) -> RunResult:
     )
     if world.is_main():
         _write_results(config, model, tokenizer, metrics.path, eval_rows, eval_schema, progress)
-    return result
+    return Trained(model, tokenizer, result)
 
 
 def read_dataset(source: str) -> tuple[list[dict[str, Any]], Schema]:

@@ -1,0 +1,233 @@
+"""A conversation becomes token ids and a mask of what is learnt, by construction.
+
+    text    <|im_start|>user⏎2+2?<|im_end|>⏎<|im_start|>assistant⏎ ┃ 4<|im_end|> ⏎
+    mask    0 0 0 0 …                                              ┃ 1 1         0
+
+Learnt is each answer and the end token after it, so that the model learns to stop; nothing else. If the template writes
+no end token after the last answer, what it writes there is dropped and EOS is put, and learnt.
+
+ - The text before an answer is tokenized apart from the answer (the ┃), so that training sees exactly the ids that
+   generation starts from. Everything else is tokenized as one text, as transformers does: the ids are the same unless
+   a token would reach across the ┃ (an answer that starts with a newline, in ChatML) or the end token is missing.
+ - Special tokens are read only in the template's own text. "<|im_end|>" inside a message stays plain text.
+ - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
+ - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.
+
+Left out: packing, and learning only some of the answers.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
+
+from .chat import Message, Tokenizer, render, template_of
+from .schema import Schema, to_messages
+from .spans import Rendering, Span, locate
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: ids (T,), completion_mask (T,) with 1 = learnt, and how many tokens were cut from its end."""
+
+    ids: list[int]
+    completion_mask: list[int]
+    n_truncated: int = 0
+
+    @property
+    def n_learnt(self) -> int:
+        """Tokens that count in the loss: the first token of a sequence has nothing before it to be predicted from."""
+        return sum(self.completion_mask[1:])
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows of a file."""
+
+    rows: int
+    truncated: int
+    dropped: int
+    tokens: int
+    learnt_tokens: int
+    longest: int
+
+    def summary(self) -> str:
+        kept = f"{self.rows - self.dropped:,} examples, {self.tokens:,} tokens ({self.learnt_tokens:,} learnt)"
+        return f"{kept}, longest {self.longest:,}; {self.truncated:,} cut at the end, {self.dropped:,} dropped"
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """The examples that can be learnt, the row (from 0) that each came from, and the counts."""
+
+    examples: list[Encoded]
+    row_indices: list[int]
+    report: EncodeReport
+
+
+def encode_dataset(
+    tokenizer: Tokenizer, rows: Sequence[Mapping], schema: Schema, *, max_seq_length: int, path: str
+) -> EncodedDataset:
+    """Every row of a file → examples. Raises ValueError, naming the row, for a bad one, and when none is left."""
+    examples, row_indices, truncated, dropped = [], [], 0, 0
+    for i, row in enumerate(rows):
+        where = f"{path}: row {i + 1}"
+        messages = to_messages(row, schema, where)
+        try:
+            example = encode_messages(tokenizer, messages, max_seq_length=max_seq_length)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        truncated += example.n_truncated > 0
+        if example.n_learnt == 0:
+            dropped += 1
+            continue
+        examples.append(example)
+        row_indices.append(i)
+    if not examples:
+        raise ValueError(
+            f"{path}: nothing to learn: none of {len(rows)} rows has a token of its answer within "
+            f"max_seq_length {max_seq_length}"
+        )
+    report = EncodeReport(
+        rows=len(rows),
+        truncated=truncated,
+        dropped=dropped,
+        tokens=sum(len(example.ids) for example in examples),
+        learnt_tokens=sum(example.n_learnt for example in examples),
+        longest=max(len(example.ids) for example in examples),
+    )
+    return EncodedDataset(examples, row_indices, report)
+
+
+def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], *, max_seq_length: int) -> Encoded:
+    """One conversation → ids and mask, cut to max_seq_length.
+
+    Raises ValueError when the template refuses the conversation, when an answer cannot be placed, and when an end
+    token is needed but the tokenizer has none.
+    """
+    if max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}")
+    ids, mask = _encode(tokenizer, messages)
+    n_truncated = max(0, len(ids) - max_seq_length)
+    return Encoded(ids[:max_seq_length], mask[:max_seq_length], n_truncated)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """A conversation that waits for an answer → the ids that generation starts from. Raises ValueError as above.
+
+    They are the ids before the answer in `encode_messages` of the answered conversation, whenever the template's text
+    with the generation prompt is the beginning of its text with the answer.
+    """
+    return _encode(tokenizer, messages, add_generation_prompt=True)[0]
+
+
+def _encode(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """ids and mask of a whole conversation, with EOS where the last answer has no end token."""
+    rendering = _locate(tokenizer, messages, add_generation_prompt)
+    end_token = _end_token(tokenizer)
+    ends = [end_token.match(rendering.text, stop) for _, stop in rendering.answers]
+    learnt, edges = {}, {0, len(rendering.text)}
+    for (start, stop), end in zip(rendering.answers, ends, strict=True):
+        learnt[start] = end.end() if end else stop
+        edges |= {start} if end else {start, stop}
+    last_is_open = messages[-1]["role"] == "assistant" and bool(ends) and ends[-1] is None
+    if last_is_open:
+        edges = {edge for edge in edges if edge <= rendering.answers[-1][1]}
+
+    ids: list[int] = []
+    mask: list[int] = []
+    places = sorted(edges)
+    for start, stop in pairwise(places):
+        for token, offset in _tokenize(tokenizer, rendering, start, stop):
+            ids.append(token)
+            mask.append(int(offset < learnt.get(start, start)))
+    if last_is_open:
+        ids.append(_eos_id(tokenizer))
+        mask.append(1)
+    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+        ids, mask = ids[1:], mask[1:]
+    return ids, mask
+
+
+def _locate(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Rendering:
+    """The rendering, once it is sure that no message can pass for a special token."""
+    renderer = partial(render, template_of(tokenizer), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    rendering = locate(renderer, messages, _end_token(tokenizer), add_generation_prompt=add_generation_prompt)
+    for i in rendering.unplaced:
+        if found := _special(tokenizer).search(messages[i]["content"]):
+            raise ValueError(
+                f"message {i + 1} contains {found[0]!r}, the text of a special token, and the chat template rewrites "
+                "the message, so that the two cannot be told apart"
+            )
+    return rendering
+
+
+def _tokenize(tokenizer: Tokenizer, rendering: Rendering, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(id, the character it starts at) of text[start:stop], special tokens read outside the contents only."""
+    pieces = [(start, stop, True)]
+    template, inside = [], False
+    for match in _special(tokenizer).finditer(rendering.text, start, stop):
+        if _overlaps(match.span(), rendering.contents):
+            inside = True
+        else:
+            template.append(match.span())
+    if inside:
+        pieces = _apart(template, start, stop)
+    for first, last, parse_special in pieces:
+        ids, offsets = tokenizer.encode_with_offsets(rendering.text[first:last], parse_special=parse_special)
+        for token, (offset, _) in zip(ids, offsets, strict=True):
+            yield token, first + offset
+
+
+def _apart(special: list[Span], start: int, stop: int) -> list[tuple[int, int, bool]]:
+    """Special tokens and the text between them as (start, stop, is it a special token)."""
+    pieces, position = [], start
+    for first, last in special:
+        pieces += [(position, first, False), (first, last, True)]
+        position = last
+    return [*pieces, (position, stop, False)]
+
+
+def _overlaps(span: Span, contents: list[Span]) -> bool:
+    return any(span[0] < stop and start < span[1] for start, stop in contents)
+
+
+def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches any special token's text, the longest first, as tokenizers do."""
+    return _any_of(tuple(tokenizer.special_tokens))
+
+
+def _end_token(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches white space and an end token: an EOS, or the special token that the template writes after an answer."""
+    eos = [token for token, number in tokenizer.special_tokens.items() if number in tokenizer.eos_ids]
+    written = _written_end(
+        template_of(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tuple(tokenizer.special_tokens)
+    )
+    return _any_of((*eos, *written), before=r"\s*")
+
+
+@lru_cache(maxsize=16)
+def _written_end(template: str, bos_token: str | None, eos_token: str | None, special: tuple[str, ...]) -> list[str]:
+    """The special token after the answer of a tiny conversation, if any: a chat model's EOS is not always it."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = render(template, probe, bos_token=bos_token, eos_token=eos_token)
+    except ValueError:
+        return []
+    found = _any_of(special, before=r"\s*").match(text.rpartition("answer")[2])
+    return [found[0].strip()] if found else []
+
+
+@lru_cache(maxsize=64)
+def _any_of(tokens: tuple[str, ...], before: str = "") -> re.Pattern[str]:
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile(f"{before}(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _eos_id(tokenizer: Tokenizer) -> int:
+    if not tokenizer.eos_ids:
+        raise ValueError("the chat template ends no answer and the tokenizer has no EOS token: an answer could not end")
+    return tokenizer.eos_ids[0]

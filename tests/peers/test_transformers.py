@@ -1,0 +1,352 @@
+"""models/ against transformers, really run: logits and gradients of small Llamas with every setting, SmolLM2 from its
+GGUF file and from a saved folder, greedy generation, sampling filters, configs and tokenizers in both directions.
+
+The bound on logits is 2e-4 of their scale (the largest magnitude), float32's noise over a whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from models import (
+    Decoder,
+    DecoderConfig,
+    KVCache,
+    Tokenizer,
+    generate,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from models.builtin import builtin_path
+from models.config import read_config
+from models.sampling import candidates
+from tests.small_llama import LLAMA3, SETTINGS, small_config, small_decoder, write_gguf
+
+TOLERANCE = 2e-4
+BOTH = list(SETTINGS)
+TEXTS = [
+    "Hello, world! It's 12:45 on 2024-05-17, isn't it?",
+    "Xin chào thế giới, hôm nay trời đẹp quá nhỉ",
+    "Nguye\u0302\u0303n Va\u0306n A\u0301n",  # combining marks, not composed
+    "👩‍👩‍👧‍👦 🇻🇳 ☕️ 🤷🏽‍♀️",
+    "def f(x):\n\treturn x  # tabs,  two spaces\r\n\n\n",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_end",
+    "العربية עברית हिन्दी 日本語 x²",
+    " leading, trailing ",
+    "\u0000\u200b\ufeff\ud7ff\U0010ffff",
+    "",
+]
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert ours.dtype == torch.float32
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale"
+
+
+def theirs_of(config: DecoderConfig) -> LlamaForCausalLM:
+    """A random transformers model of this config, norms and biases random too."""
+    model = LlamaForCausalLM(LlamaConfig(**config.to_hf())).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.5 + torch.rand_like(parameter) if "norm" in name else torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, LlamaForCausalLM]:
+    """One model in both libraries, through a folder that transformers wrote."""
+    torch.manual_seed(1)
+    theirs = theirs_of(small_config(**SETTINGS[request.param]))
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(folder)
+    return load_model(folder), theirs
+
+
+@torch.no_grad()
+def test_logits_of_single_prompts(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    ours, theirs = pair
+    for T in (1, 2, 37, 64):
+        ids = torch.randint(0, 96, (1, T))
+        assert_close(ours(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_batch(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    ours, theirs = pair
+    ids = torch.randint(0, 96, (3, 21))
+    real = torch.arange(21) < torch.tensor([21, 5, 13])[:, None]
+    assert_close(ours(ids, segment_ids=real.long())[real], theirs(ids, attention_mask=real.long()).logits[real])
+
+
+@torch.no_grad()
+def test_logits_of_left_padding_and_given_positions(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    ours, theirs = pair
+    ids = torch.randint(0, 96, (2, 17))
+    real = torch.arange(17) >= torch.tensor([6, 0])[:, None]
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    expected = theirs(ids, attention_mask=real.long(), position_ids=positions).logits
+    assert_close(ours(ids, segment_ids=real.long())[real], expected[real])
+    later = torch.arange(30, 47)[None]
+    assert_close(ours(ids, position_ids=later), theirs(ids, position_ids=later).logits)
+
+
+@torch.no_grad()
+def test_logits_of_cached_decoding(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    """Two rows of 4 and 9 tokens, then one token at a time, then three at once: always the logits of a full forward."""
+    ours, theirs = pair
+    lengths = [4, 9]
+    rows = [torch.randint(0, 96, (1, length + 6)) for length in lengths]
+    expected = [theirs(row).logits[0] for row in rows]
+    cache = KVCache(ours.config, 2, 16)
+    prompts = torch.stack(
+        [torch.nn.functional.pad(row[0, :n], (0, 9 - n)) for row, n in zip(rows, lengths, strict=True)]
+    )
+    real = torch.arange(9) < torch.tensor(lengths)[:, None]
+    logits = ours(prompts, segment_ids=real.long(), cache=cache)
+    assert_close(logits[real], torch.cat([e[:n] for e, n in zip(expected, lengths, strict=True)]))
+    for step, new in [(0, 1), (1, 1), (2, 1), (3, 3)]:
+        ids = torch.cat([row[:, n + step : n + step + new] for row, n in zip(rows, lengths, strict=True)])
+        wanted = torch.stack([e[n + step : n + step + new] for e, n in zip(expected, lengths, strict=True)])
+        assert_close(ours(ids, cache=cache), wanted)
+
+
+def test_gradients(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    ours, theirs = pair
+    ids = torch.randint(0, 96, (2, 23))
+    weight = torch.randn(2, 23, 96)
+    gradients = []
+    for logits, model in ((ours(ids), ours), (theirs(ids).logits, theirs)):
+        model.zero_grad()
+        (logits * weight).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        error = (gradient - gradients[1][name]).norm() / gradients[1][name].norm()
+        assert error <= TOLERANCE, f"gradient of {name} differs by {error:.2e}"
+
+
+def test_greedy_generation(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
+    ours, theirs = pair
+    prompt = torch.randint(0, 96, (1, 7))
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    assert generate(ours, prompt.tolist(), max_new_tokens=24)[0].ids == expected[0, 7:].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", BOTH)
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
+def test_a_saved_folder_loads_there(setting: str, max_shard_bytes: int, tmp_path: Path) -> None:
+    ours = small_decoder(**SETTINGS[setting])
+    save_model(ours, tmp_path / "m", max_shard_bytes=max_shard_bytes)
+    assert (tmp_path / "m" / "model.safetensors.index.json").is_file() == (max_shard_bytes == 20_000)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.randint(0, 96, (2, 30))
+    assert_close(ours(ids), theirs.eval()(ids).logits)
+    for name, parameter in load_model(tmp_path / "m").named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+
+
+def test_a_bf16_folder_keeps_its_dtype_in_both(tmp_path: Path) -> None:
+    ours = small_decoder().bfloat16()
+    save_model(ours, tmp_path / "m")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+    assert load_model(tmp_path / "m").compute_dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_bf16_is_as_near_to_fp32_as_theirs(tmp_path: Path) -> None:
+    ours = small_decoder()
+    ids = torch.randint(0, 96, (2, 30))
+    save_model(ours, tmp_path / "m")
+    exact = ours(ids)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)(ids).logits.float()
+    low = load_model(tmp_path / "m", dtype=torch.bfloat16)(ids)
+    assert (low - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("setting", BOTH)
+def test_configs_read_and_write_alike(setting: str, tmp_path: Path) -> None:
+    config = small_config(bos_token_id=1, eos_token_ids=(2, 3), pad_token_id=4, **SETTINGS[setting])
+    written = LlamaConfig(**config.to_hf())
+    written.architectures = ["LlamaForCausalLM"]
+    written.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in raw
+    assert read_config(tmp_path / "config.json") == config
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (20, 0.5), (0, 0.01), (500, 1.0)])
+def test_sampling_keeps_the_tokens_that_their_filters_keep(top_k: int, top_p: float) -> None:
+    logits = 3 * torch.randn(4, 96)
+    scores = logits.clone()
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(torch.empty(0), scores)
+    scores = TopPLogitsWarper(top_p)(torch.empty(0), scores)
+    kept, tokens = candidates(logits.log_softmax(1), top_k=top_k, top_p=top_p)
+    for row in range(4):
+        expected = set(scores[row].isfinite().nonzero()[:, 0].tolist())
+        assert set(tokens[row][kept[row].isfinite()].tolist()) == expected
+
+
+# SmolLM2, from the GGUF file of the built-in package
+
+
+@pytest.fixture(scope="module")
+def gguf_path() -> Path:
+    return builtin_path("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Decoder:
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def theirs_gguf(gguf_path: Path) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(
+        gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2: Decoder, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2 as save_model writes it."""
+    place = tmp_path_factory.mktemp("smollm2") / "model"
+    save_model(smollm2, place, tokenizer=tokenizer)
+    yield place
+    (place / "model.safetensors").unlink()
+
+
+@pytest.fixture(scope="module")
+def theirs_folder(folder: Path) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(gguf_path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, local_files_only=True)
+
+
+PROMPTS = ["What is the capital of France?", "Viết một câu về Hà Nội.", "Count: 1 2 3", "Hi"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["theirs_gguf", "theirs_folder"])
+def test_smollm2_logits(smollm2: Decoder, tokenizer: Tokenizer, source: str, request: pytest.FixtureRequest) -> None:
+    """Single prompts, a padded batch, and cached decoding, each against transformers' full forward."""
+    theirs = request.getfixturevalue(source)
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": p}]) for p in PROMPTS]
+    expected = [theirs(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    for prompt, wanted in zip(prompts, expected, strict=True):
+        assert_close(smollm2(torch.tensor([prompt]))[0], wanted)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.tensor([prompt + [0] * (int(lengths.max()) - len(prompt)) for prompt in prompts])
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    assert_close(smollm2(ids, segment_ids=real.long())[real], torch.cat(expected))
+    cache = KVCache(smollm2.config, len(prompts), ids.shape[1])
+    shorter = real & (torch.arange(ids.shape[1]) < lengths[:, None] - 3)
+    smollm2(ids, segment_ids=shorter.long(), cache=cache)
+    for step in (3, 2, 1):
+        new = torch.tensor([[prompt[-step]] for prompt in prompts])
+        assert_close(smollm2(new, cache=cache)[:, 0], torch.stack([e[-step] for e in expected]))
+
+
+def test_smollm2_generation(smollm2: Decoder, tokenizer: Tokenizer, theirs_folder: LlamaForCausalLM) -> None:
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
+    theirs = theirs_folder.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+    ours = generate(smollm2, [prompt], max_new_tokens=16, stop_ids=tokenizer.eos_ids)[0]
+    assert ours.ids == theirs.tolist()
+    assert ours.finish_reason == "stop"
+
+
+def test_the_saved_folder_holds_the_settings(folder: Path, smollm2: Decoder) -> None:
+    assert read_config(folder / "config.json") == smollm2.config
+
+
+def test_ids_equal_theirs_from_the_gguf(tokenizer: Tokenizer, their_tokenizer: Any) -> None:
+    """Where no digit follows several spaces, or is not ASCII: transformers' conversion lacks that rule (next test)."""
+    for text in TEXTS:
+        assert tokenizer.encode(text) == their_tokenizer(text, add_special_tokens=False).input_ids, text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_are_cut_before_spaces_are(tokenizer: Tokenizer, their_tokenizer: Any) -> None:
+    """llama.cpp's smollm cuts \\p{N} first, so that the two spaces of "a  1" stay one token. transformers' conversion
+    of a GGUF file leaves that step out and parts them: should it learn the rule, this test will say so."""
+    spaces = tokenizer.encode("  ")
+    assert len(spaces) == 1
+    assert tokenizer.encode("a  1") == [*tokenizer.encode("a"), *spaces, *tokenizer.encode("1")]
+    for text in ("a  1", " ①② ٣"):
+        assert their_tokenizer(text, add_special_tokens=False).input_ids != tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_their_template_gives_our_ids(tokenizer: Tokenizer, their_tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Chào! 👋"},
+        {"role": "assistant", "content": "Chào bạn"},
+    ]
+    for conversation in (messages, messages[1:]):
+        for prompt in (True, False):
+            theirs = their_tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt)["input_ids"]
+            assert tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt) == theirs
+
+
+def test_a_saved_tokenizer_is_the_same_there_and_here(folder: Path, tokenizer: Tokenizer) -> None:
+    theirs, again = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    assert theirs.chat_template == tokenizer.chat_template == again.chat_template
+    assert (theirs.bos_token, theirs.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+    for name in ("bos_id", "eos_ids", "pad_id", "adds_bos", "special_tokens", "vocab_size"):
+        assert getattr(again, name) == getattr(tokenizer, name), name
+    for text in [*TEXTS, "a  1"]:
+        assert theirs(text).input_ids == tokenizer.encode(text) == again.encode(text), text
+
+
+def test_a_tokenizer_that_they_saved_loads_here(their_tokenizer: Any, tmp_path: Path) -> None:
+    their_tokenizer.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_token, ours.eos_token, ours.pad_id) == ("<|im_start|>", "<|im_end|>", 2)
+    assert ours.chat_template == their_tokenizer.chat_template
+    for text in TEXTS:
+        assert ours.encode(text) == their_tokenizer(text, add_special_tokens=False).input_ids, text
+
+
+@torch.no_grad()
+def test_a_gguf_file_of_ours_gives_their_logits(tmp_path: Path) -> None:
+    """Row order of q and k, and settings: both libraries read one file. transformers knows no rope_freqs: not scaled."""
+    model = small_decoder(rms_norm_eps=1e-3)
+    write_gguf(model, tmp_path / "small.gguf")
+    ours = load_model(tmp_path / "small.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32).eval()
+    ids = torch.randint(0, 96, (2, 30))
+    assert_close(ours(ids), theirs(ids).logits)
+    assert torch.equal(ours(ids), model(ids))
+
+
+def test_llama3_frequencies_equal_theirs() -> None:
+    config = small_config(rope=LLAMA3, head_dim=64)
+    theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf())).model.rotary_emb.inv_freq
+    assert torch.allclose(Decoder(config)._frequencies, theirs, rtol=1e-6)

@@ -1,0 +1,115 @@
+"""data/schema.py: the three shapes become messages; every bad row is one line that names it."""
+
+import pytest
+
+from data import detect, to_messages
+
+USER = {"role": "user", "content": "Hello"}
+ANSWER = {"role": "assistant", "content": "Hi"}
+
+
+def messages_of(row: dict) -> list[dict]:
+    return to_messages(row, detect([row], "rows.jsonl"), "rows.jsonl: row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "messages"),
+    [
+        ({"instruction": "Hello", "output": "Hi"}, "alpaca", [USER, ANSWER]),
+        ({"instruction": "Hello", "input": "", "output": "Hi"}, "alpaca", [USER, ANSWER]),
+        ({"instruction": "Hello", "input": None, "output": "Hi"}, "alpaca", [USER, ANSWER]),
+        (
+            {"instruction": "Add", "input": " 1, 2\n", "output": "3"},
+            "alpaca",
+            [{"role": "user", "content": "Add\n\n 1, 2\n"}, {"role": "assistant", "content": "3"}],
+        ),
+        ({"prompt": "Hello", "completion": "Hi"}, "prompt_completion", [USER, ANSWER]),
+        ({"messages": [USER, ANSWER]}, "messages", [USER, ANSWER]),
+        (
+            {"messages": [{"role": "system", "content": ""}, USER, ANSWER, USER, {**ANSWER, "name": "bot"}]},
+            "messages",
+            [{"role": "system", "content": ""}, USER, ANSWER, USER, ANSWER],
+        ),
+    ],
+)
+def test_shapes(row: dict, kind: str, messages: list[dict]) -> None:
+    assert detect([row], "rows.jsonl").kind == kind
+    assert messages_of(row) == messages
+
+
+def test_the_explanation_names_the_columns_that_are_not_used() -> None:
+    schema = detect([{"id": 1, "instruction": "a", "output": "b", "source": "c"}], "rows.jsonl")
+    assert schema.explanation.startswith("alpaca: instruction and input")
+    assert schema.explanation.endswith("; columns not used: id, source")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "the columns must be {messages} or {completion, prompt} or {instruction, output}; found no columns"),
+        ({"a": 1}, "the columns must be .*; found a"),
+        ({"instruction": "a", "answer": "b"}, "missing 'output' of the alpaca shape .*; found answer, instruction"),
+        ({"prompt": "a"}, "missing 'completion' of the prompt_completion shape"),
+        ({"conversations": []}, "'conversations' makes this ShareGPT data, which is not read here"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'chosen' makes this preference data"),
+        ({"text": "a"}, "'text' makes this plain text data"),
+    ],
+)
+def test_columns_of_no_shape(row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^rows.jsonl: row 1: {message}"):
+        detect([row], "rows.jsonl")
+
+
+def test_no_rows() -> None:
+    with pytest.raises(ValueError, match=r"^rows.jsonl: has no rows$"):
+        detect([], "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a"}, "missing 'output'; found instruction"),
+        ({"instruction": "a", "output": 7}, "'output' must be text, found a number"),
+        ({"instruction": ["a"], "output": "b"}, "'instruction' must be text, found a list"),
+        ({"instruction": "a", "input": {}, "output": "b"}, "'input' must be text, found an object"),
+        ({"instruction": "a", "output": None}, "'output' must be text, found null"),
+        ({"instruction": "a", "output": " \n"}, r"the answer \(message 2\) is empty"),
+        ({"instruction": "", "output": "b"}, r"the question \(message 1\) is empty"),
+        ({"instruction": "a", "output": "b\ud83d"}, "'output' has half a character at position 1"),
+    ],
+)
+def test_bad_alpaca_rows(row: dict, message: str) -> None:
+    schema = detect([{"instruction": "a", "output": "b"}], "rows.jsonl")
+    with pytest.raises(ValueError, match=f"^rows.jsonl: row 3: {message}$"):
+        to_messages(row, schema, "rows.jsonl: row 3")
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("Hello", "'messages' must be a list with messages in it, found text"),
+        ([], "'messages' must be a list with messages in it, found an empty list"),
+        ([USER, "Hi"], "message 2 must be an object with role and content, found text"),
+        (
+            [USER, {"role": "bot", "content": "Hi"}],
+            "message 2: role must be one of system, user, assistant, found 'bot'",
+        ),
+        ([USER, {"role": 1, "content": "Hi"}], "message 2: 'role' must be text, found a number"),
+        ([USER, {"role": "assistant"}], "message 2: missing 'content'; found role"),
+        ([USER, {"role": "assistant", "content": None}], "message 2: 'content' must be text, found null"),
+        ([USER, {"role": "assistant", "content": [{"text": "Hi"}]}], "message 2: 'content' must be text, found a list"),
+        ([ANSWER, USER], "message 1 must be from user, found assistant"),
+        ([USER, USER, ANSWER], "message 2 must be from assistant, found user"),
+        ([USER, SYSTEM, ANSWER], "message 2 must be from assistant, found system"),
+        ([SYSTEM, ANSWER], "message 2 must be from user, found assistant"),
+        ([USER, ANSWER, USER], r"the last message must be an answer \(role assistant\), found role user"),
+        ([SYSTEM], r"the last message must be an answer \(role assistant\), found role system"),
+        ([USER, {"role": "assistant", "content": ""}], r"the answer \(message 2\) is empty"),
+    ],
+)
+def test_bad_messages(messages: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^rows.jsonl: row 1: {message}$"):
+        messages_of({"messages": messages})
