@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from quant.imports import check_kernels_import
 
 COMMANDS = {
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         module_name, arguments, _ = COMMANDS[name]
         module = import_module(module_name)
         module.run(parse(getattr(module, arguments), argv[len(name.split()) :], f"qlora {name}"))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         if os.environ.get("QLORA_TRACEBACK"):
             raise
         print(f"qlora {name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from data.encode import LEGEND, encode_dataset, show
+from data.encode import encode_dataset
+from data.show import legend, show
 from models import load_tokenizer
 from trainers.sft import read_dataset
 
@@ -29,7 +30,7 @@ def run(args: InspectDataArgs) -> None:
     dataset = encode_dataset(tokenizer, rows, schema, max_seq_length=args.max_seq_length, path=args.data)
     console = Console(highlight=False)
     console.print(f"{args.data}: {schema.explanation}\n{dataset.report}", markup=False)
-    console.print(LEGEND)
+    console.print(legend())
     for number, example in enumerate(dataset.examples[: args.rows], 1):
         learnt = sum(example.completion_mask)
         console.rule(f"row {number}: {len(example.ids)} tokens, {learnt} learnt")

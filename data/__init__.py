@@ -3,14 +3,14 @@
 file ──sources──▶ rows ──schema──▶ messages ──chat──▶ text ──spans──▶ places ──encode──▶ ids + mask ──batch──▶ tensors
 """
 
-from .batch import Batch, collate, epoch_order, rank_share, step_rows
+from .batch import Batch, collate, epoch_order, step_rows
 from .chat import Message, Tokenizer, render, template_of
-from .encode import Encoded, EncodedDataset, EncodeReport, encode_dataset, encode_messages, encode_prompt
+from .encode import LEGEND, Encoded, EncodedDataset, EncodeReport, encode_dataset, encode_messages, encode_prompt, show
 from .schema import Schema, detect, to_messages
-from .show import legend, show
 from .sources import read_rows
 
 __all__ = [
+    "LEGEND",
     "Batch",
     "EncodeReport",
     "Encoded",
@@ -24,8 +24,6 @@ __all__ = [
     "encode_messages",
     "encode_prompt",
     "epoch_order",
-    "legend",
-    "rank_share",
     "read_rows",
     "render",
     "show",

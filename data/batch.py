@@ -4,8 +4,7 @@
     global step s   the rows at positions s·B … s·B + B − 1 of epoch 0, epoch 1, … laid end to end
 
 So within an epoch no row is lost or taken twice, a batch may hold the end of one epoch and the start of the next, and
-a run resumes anywhere from the step's number alone. The B rows of a step are those of the whole world; each rank takes
-its share.
+a run resumes anywhere from the step's number alone. The B rows of a step are those of the whole world.
 
     B rows of a batch, T tokens of its longest row. Rows are padded on the right.
 
@@ -45,13 +44,6 @@ def step_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
         raise ValueError(f"need n ≥ 1, batch_size ≥ 1 and step ≥ 0, got {n}, {batch_size} and {step}")
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [_order(n, seed, position // n)[position % n] for position in positions]
-
-
-def rank_share(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The rows of a global step that `rank` takes: every world_size-th, so that shares differ by one at most."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be within 0 … {world_size - 1}, got {rank}")
-    return list(rows[rank::world_size])
 
 
 def collate(examples: Sequence[Encoded], *, pad_id: int) -> Batch:

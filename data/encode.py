@@ -13,18 +13,26 @@ no end token after the last answer, what it writes there is dropped and EOS is p
  - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
  - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.
 
-Left out: packing, and learning only some of the answers.
+`show` prints an example in colour, as `qlora inspect data` does. Left out: packing, and learning only some answers.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+
+from rich.text import Text
 
 from .chat import Message, Tokenizer, render, template_of
 from .schema import Schema, to_messages
 from .spans import Rendering, Span, locate
+
+LEARNT, CONTEXT = "green", "dim"
+LEGEND = Text.assemble(
+    ("learnt", LEARNT), " · ", ("context, masked", CONTEXT), " · ", ("special token", "bold"), " · ⏎ newline · ⇥ tab"
+)
+VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "⏎\n", ord("\t"): "⇥"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class EncodeReport:
     learnt_tokens: int
     longest: int
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         kept = f"{self.rows - self.dropped:,} examples, {self.tokens:,} tokens ({self.learnt_tokens:,} learnt)"
         return f"{kept}, longest {self.longest:,}; {self.truncated:,} cut at the end, {self.dropped:,} dropped"
 
@@ -122,6 +130,21 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return _encode(tokenizer, messages, add_generation_prompt=True)[0]
 
 
+def show(tokenizer: Tokenizer, encoded: Encoded) -> Text:
+    """The example's text. Control characters are shown, never sent, so that data cannot steer the terminal."""
+    special = set(tokenizer.special_tokens.values())
+    pairs = zip(encoded.ids, encoded.completion_mask, strict=True)
+    text = Text()
+    # a run of one kind is decoded as a whole: a character may be spread over several tokens
+    for (learnt, is_special), run in groupby(pairs, key=lambda pair: (pair[1], pair[0] in special)):
+        style = LEARNT if learnt else CONTEXT
+        decoded = tokenizer.decode([token for token, _ in run])
+        text.append(decoded.translate(VISIBLE), style=f"bold {style}" if is_special else style)
+    if encoded.n_truncated:
+        text.append(f" … {encoded.n_truncated} tokens cut", style="red")
+    return text
+
+
 def _encode(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
@@ -133,7 +156,8 @@ def _encode(
     for (start, stop), end in zip(rendering.answers, ends, strict=True):
         learnt[start] = end.end() if end else stop
         edges |= {start} if end else {start, stop}
-    last_is_open = messages[-1]["role"] == "assistant" and bool(ends) and ends[-1] is None
+    answered = not add_generation_prompt and messages[-1]["role"] == "assistant"
+    last_is_open = answered and bool(ends) and ends[-1] is None
     if last_is_open:
         edges = {edge for edge in edges if edge <= rendering.answers[-1][1]}
 
@@ -206,7 +230,8 @@ def _end_token(tokenizer: Tokenizer) -> re.Pattern[str]:
     written = _written_end(
         template_of(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tuple(tokenizer.special_tokens)
     )
-    return _any_of((*eos, *written), before=r"\s*")
+    named = [tokenizer.eos_token] if tokenizer.eos_token else []
+    return _any_of((*eos, *named, *written), before=r"\s*")
 
 
 @lru_cache(maxsize=16)

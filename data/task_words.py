@@ -176,31 +176,32 @@ THINGS = {
 }
 PLACES = {
     "train": _words(
-        """Aberdeen, Accra, Adelaide, Algiers, Almaty, Amman, Amsterdam, Ankara, Antwerp, Arles, Arusha, Asunción, Athens,
-        Auckland, Austin, Avignon, Baku, Bandung, Bangkok, Barcelona, Basel, Bath, Beirut, Belém, Belfast,
-        Belgrade, Bergen, Berlin, Biarritz, Bilbao, Bogotá, Bonn, Bordeaux, Boston, Brighton, Brisbane, Brno,
-        Bruges, Brussels, Bucharest, Budapest, Buenos Aires, Cairo, Calgary, Cambridge, Cancún, Canterbury, Cape
-        Town, Caracas, Cardiff, Casablanca, Chennai, Chicago, Cleveland, Cologne, Colombo, Copenhagen, Cork,
-        Cuenca, Cusco, Cádiz, Córdoba, Dakar, Dallas, Delft, Delhi, Derby, Detroit, Dijon, Doha, Dortmund,
-        Dresden, Dubai, Dublin, Dundee, Durban, Edinburgh, Essen, Exeter, Fez, Florence, Frankfurt, Freiburg,
-        Galway, Gdańsk, Geneva, Genoa, Ghent, Glasgow, Granada, Guadalajara, Göteborg, Haarlem, Halifax,
-        Hamburg, Hanoi, Havana, Helsinki, Hobart, Houston, Hull, Huế, Innsbruck, Inverness, Istanbul, Izmir,
-        Jakarta, Jena, Kampala, Kansas City, Kathmandu, Kiel, Kigali, Kobe, Kraków, Kyoto, Köln, La Paz, Lagos,
-        Lausanne, Le Havre, Leeds, Leiden, Leipzig, León, Lille, Lima, Limerick, Linz, Lisbon, Liverpool,
-        London, Lucerne, Lund, Luxembourg, Lyon, Maastricht, Madrid, Malmö, Manila, Maputo, Marseille, Medellín,
-        Melbourne, Memphis, Mérida, Metz, Miami, Milan, Minsk, Monaco, Montevideo, Munich, Málaga, Nairobi,
-        Nantes, Naples, Nashville, New York, Newcastle, Nice, Norwich, Nottingham, Nuremberg, Odense, Oporto,
-        Orlando, Osaka, Oslo, Ottawa, Oxford, Padua, Palermo, Panama City, Paris, Perth, Pisa, Plymouth,
-        Portland, Porto Alegre, Poznań, Prague, Preston, Quito, Rabat, Ravenna, Recife, Reims, Rennes,
-        Reykjavík, Riga, Rome, Rotterdam, Rouen, Salzburg, San José, Santiago, São Paulo, Sapporo, Sarajevo,
-        Savannah, Seattle, Seoul, Sheffield, Siena, Singapore, Skopje, Sofia, Split, Stavanger, Stockholm,
-        Strasbourg, Stuttgart, Swansea, Sydney, Szeged, Tallinn, Tampa, Tampere, Tbilisi, Tirana, Toledo,
-        Toronto, Tours, Trieste, Trondheim, Tucson, Tunis, Turin, Uppsala, Utrecht, Valencia, Vancouver, Venice,
-        Verona, Vienna, Vigo, Vũng Tàu, Warsaw, Wellington, Winnipeg, Worcester, York, Zagreb, Zürich, Đà Nẵng,
-        11 Market Place, 12 Rose Street, 15 Meadow Court, 140 Lake Drive, 48 Station Road, 68 Forest Road, 77
-        Queens Road, 160 Park Avenue, 214 High Street, 25 Garden Row, 29 School Lane, 3 Harbour View, 31 North
-        Parade, 36 Elm Grove, 402 Bridge Street, 5 Church Hill, 502 Hill Street, 58 River Walk, 6 Victoria
-        Square, 7 Mill Lane, 83 Orchard Way, 9 Chapel Lane, 91 King Street"""
+        """Aberdeen, Accra, Adelaide, Algiers, Almaty, Amman, Amsterdam, Ankara, Antwerp, Arles, Arusha, Asunción,
+        Athens, Auckland, Austin, Avignon, Baku, Bandung, Bangkok, Barcelona, Basel, Bath, Beirut, Belém,
+        Belfast, Belgrade, Bergen, Berlin, Biarritz, Bilbao, Bogotá, Bonn, Bordeaux, Boston, Brighton,
+        Brisbane, Brno, Bruges, Brussels, Bucharest, Budapest, Buenos Aires, Cairo, Calgary, Cambridge,
+        Cancún, Canterbury, Cape Town, Caracas, Cardiff, Casablanca, Chennai, Chicago, Cleveland, Cologne,
+        Colombo, Copenhagen, Cork, Cuenca, Cusco, Cádiz, Córdoba, Dakar, Dallas, Delft, Delhi, Derby,
+        Detroit, Dijon, Doha, Dortmund, Dresden, Dubai, Dublin, Dundee, Durban, Edinburgh, Essen, Exeter,
+        Fez, Florence, Frankfurt, Freiburg, Galway, Gdańsk, Geneva, Genoa, Ghent, Glasgow, Granada,
+        Guadalajara, Göteborg, Haarlem, Halifax, Hamburg, Hanoi, Havana, Helsinki, Hobart, Houston, Hull,
+        Huế, Innsbruck, Inverness, Istanbul, Izmir, Jakarta, Jena, Kampala, Kansas City, Kathmandu, Kiel,
+        Kigali, Kobe, Kraków, Kyoto, Köln, La Paz, Lagos, Lausanne, Le Havre, Leeds, Leiden, Leipzig, León,
+        Lille, Lima, Limerick, Linz, Lisbon, Liverpool, London, Lucerne, Lund, Luxembourg, Lyon, Maastricht,
+        Madrid, Malmö, Manila, Maputo, Marseille, Medellín, Melbourne, Memphis, Mérida, Metz, Miami, Milan,
+        Minsk, Monaco, Montevideo, Munich, Málaga, Nairobi, Nantes, Naples, Nashville, New York, Newcastle,
+        Nice, Norwich, Nottingham, Nuremberg, Odense, Oporto, Orlando, Osaka, Oslo, Ottawa, Oxford, Padua,
+        Palermo, Panama City, Paris, Perth, Pisa, Plymouth, Portland, Porto Alegre, Poznań, Prague, Preston,
+        Quito, Rabat, Ravenna, Recife, Reims, Rennes, Reykjavík, Riga, Rome, Rotterdam, Rouen, Salzburg, San
+        José, Santiago, São Paulo, Sapporo, Sarajevo, Savannah, Seattle, Seoul, Sheffield, Siena, Singapore,
+        Skopje, Sofia, Split, Stavanger, Stockholm, Strasbourg, Stuttgart, Swansea, Sydney, Szeged, Tallinn,
+        Tampa, Tampere, Tbilisi, Tirana, Toledo, Toronto, Tours, Trieste, Trondheim, Tucson, Tunis, Turin,
+        Uppsala, Utrecht, Valencia, Vancouver, Venice, Verona, Vienna, Vigo, Vũng Tàu, Warsaw, Wellington,
+        Winnipeg, Worcester, York, Zagreb, Zürich, Đà Nẵng, 11 Market Place, 12 Rose Street, 15 Meadow
+        Court, 140 Lake Drive, 48 Station Road, 68 Forest Road, 77 Queens Road, 160 Park Avenue, 214 High
+        Street, 25 Garden Row, 29 School Lane, 3 Harbour View, 31 North Parade, 36 Elm Grove, 402 Bridge
+        Street, 5 Church Hill, 502 Hill Street, 58 River Walk, 6 Victoria Square, 7 Mill Lane, 83 Orchard
+        Way, 9 Chapel Lane, 91 King Street"""
     ),
     "unseen": _words(
         """Bristol, Vilnius, Cần Thơ, Montréal, Denver, Aarhus, Sevilla, Mombasa, Graz, Plovdiv, Nha Trang, Toulouse,

@@ -14,6 +14,7 @@ ARCHITECTURES, its settings in DecoderConfig, and what it does differently in de
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def _integer(raw: dict[str, Any], key: str, where: str, default: int | None = No
 def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{where}: {key} must be a positive number, got {_found(raw, key)}")
     return float(value)
 

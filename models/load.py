@@ -70,6 +70,7 @@ def load_model(
     path = locate(source)
     checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
     dtype = dtype or _supported(checkpoint.dtype)
+    _check_sizes(checkpoint)
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
     _check_tensors(model, checkpoint)
@@ -102,6 +103,29 @@ def _supported(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """The sizes of the config are the file's: a damaged one could make a model of 2³¹ layers, which never ends."""
+    config, shapes = checkpoint.config, checkpoint.shapes
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.layers.0.self_attn.q_proj.weight": (config.num_attention_heads * config.head_dim, config.hidden_size),
+        "model.layers.0.mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
+    }
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ValueError(f"{checkpoint.where(name)} is missing")
+        _check_shape(checkpoint, name, shape)
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:
+        where = checkpoint.where("model.layers")
+        raise ValueError(f"{where}: the config has {config.num_hidden_layers} layers, the file {len(layers)}")
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if checkpoint.shapes[name] != shape:
+        raise ValueError(f"{checkpoint.where(name)} has shape {checkpoint.shapes[name]}, the config needs {shape}")
+
+
 def _check_tensors(model: Decoder, checkpoint: Checkpoint) -> None:
     """The checkpoint holds the model's tensors, in its shapes, and no others."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -117,8 +141,7 @@ def _check_tensors(model: Decoder, checkpoint: Checkpoint) -> None:
         names, family = sorted(extra), model.config.architecture
         raise ValueError(f"{checkpoint.where(names[0])} does not belong to a {family}{and_more(names)}")
     for name, shape in expected.items():
-        if checkpoint.shapes[name] != shape:
-            raise ValueError(f"{checkpoint.where(name)} has shape {checkpoint.shapes[name]}, the config needs {shape}")
+        _check_shape(checkpoint, name, shape)
 
 
 def _check_tied_head(checkpoint: Checkpoint, head: str) -> None:

@@ -157,7 +157,7 @@ def _check_size(key: str, tensor: Tensor, size: int, dtype: torch.dtype) -> None
 
 
 def _known_map(tensors: Mapping[str, Tensor], key: str, levels: Tensor) -> Tensor:
-    """The code book we derive, once the file's is found equal. (bitsandbytes goes by the type, whatever the file says.)"""
+    """The code book we derive, once the file's is found equal. (bitsandbytes goes by the type alone.)"""
     stored = _get(tensors, key)
     if stored.dtype != torch.float32 or not torch.equal(stored.cpu().view(-1), levels):
         raise ValueError(f"{key} must be the {len(levels)} levels of its type, and differs from them")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import Encoded, collate, epoch_order, rank_share, step_rows
+from data import Encoded, collate, epoch_order, step_rows
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])
@@ -37,15 +37,6 @@ def test_steps_walk_through_the_epochs(n: int, batch_size: int) -> None:
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] == epoch_order(n, 1, 0)
     assert epochs[1] == epoch_order(n, 1, 1)
-
-
-def test_ranks_share_a_step() -> None:
-    rows = step_rows(100, 10, 4, seed=0)
-    shares = [rank_share(rows, rank, 4) for rank in range(4)]
-    assert sorted(row for share in shares for row in share) == sorted(rows)
-    assert [len(share) for share in shares] == [3, 3, 2, 2]
-    with pytest.raises(ValueError, match=r"rank must be within 0 … 3, got 4"):
-        rank_share(rows, 4, 4)
 
 
 @pytest.mark.parametrize(("n", "batch_size", "step"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])

@@ -33,7 +33,7 @@ def test_what_is_left_out_has_llamas_defaults() -> None:
     config = DecoderConfig.from_hf(MINIMAL)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
     assert (config.max_position_embeddings, config.rms_norm_eps, config.rope) == (2048, 1e-6, RopeConfig())
-    assert not (config.tie_word_embeddings or config.attention_bias or config.mlp_bias)
+    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (), None)
 
 

@@ -1,4 +1,4 @@
-"""data/encode.py, data/spans.py and data/show.py: ids and mask, checked against the text that the template gives.
+"""data/encode.py and data/spans.py: ids and mask, checked against the text that the template gives.
 
 The reference is written out by hand: what is learnt is stated as text, for templates that trim, repeat, drop or rewrite
 contents, that have no end token, or that think. That whole ids equal transformers' is checked in tests/peers.
@@ -6,7 +6,7 @@ contents, that have no end token, or that think. That whole ids equal transforme
 
 import pytest
 
-from data import Encoded, detect, encode_dataset, encode_messages, encode_prompt, legend, render, show
+from data import LEGEND, Encoded, detect, encode_dataset, encode_messages, encode_prompt, render, show
 from tests.toy_tokenizer import CHATML, ToyTokenizer
 
 HELLO = [{"role": "user", "content": "Hello, how are you?"}, {"role": "assistant", "content": "I am fine."}]
@@ -208,8 +208,8 @@ def test_a_dataset_counts_what_it_cut_and_dropped() -> None:
     assert (report.rows, report.truncated, report.dropped, report.longest) == (3, 2, 1, 30)
     assert report.tokens == sum(len(example.ids) for example in dataset.examples)
     assert report.learnt_tokens == sum(sum(example.completion_mask) for example in dataset.examples)
-    assert "2 examples" in report.summary()
-    assert "2 cut at the end, 1 dropped" in report.summary()
+    assert "2 examples" in str(report)
+    assert "2 cut at the end, 1 dropped" in str(report)
 
 
 def test_a_dataset_with_nothing_to_learn_is_refused() -> None:
@@ -243,4 +243,4 @@ def test_show_colours_what_is_learnt_and_sends_no_control_character() -> None:
     assert "Please" in styled["dim"]
     assert styled["bold dim"] == "<|im_start|><|im_end|><|im_start|>"
     assert "3 tokens cut" in show(tokenizer, encoded(tokenizer, messages, len(example.ids) - 3)).plain
-    assert "learnt" in legend().plain
+    assert "learnt" in LEGEND.plain

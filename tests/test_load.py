@@ -245,21 +245,25 @@ def anonymous():
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
-warm, source = sys.argv[1:]
-load_model(warm, quantize="nf4")
-before, peak, done = anonymous(), 0, False
 def watch():
     global peak
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-model = load_model(source, quantize="nf4")
-done = True
-thread.join()
-held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-print(json.dumps({"added": peak - before, "model": sum(held.values())}))
+
+warm, *sources = sys.argv[1:]
+load_model(warm, quantize="nf4")
+rows = []
+for source in sources:
+    before, peak, done = anonymous(), 0, False
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load_model(source, quantize="nf4")
+    done = True
+    thread.join()
+    held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    rows.append({"over the model": peak - before - sum(held.values()), "model": sum(held.values())})
+print(json.dumps(rows))
 """
 
 
@@ -282,18 +286,15 @@ def sparse_folder(folder: Path, **sizes: int) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is in Linux's /proc")
-@pytest.mark.parametrize("source", ["sparse", "smollm2-135m"])
-def test_loading_in_4_bits_adds_the_model_and_little_more(source: str, folder: Path, tmp_path: Path) -> None:
+def test_loading_in_4_bits_adds_the_model_and_little_more(folder: Path, tmp_path: Path) -> None:
     """Anonymous memory, in a process of its own: at most 200 MB over the model, and less than one dense layer."""
-    allowed = 200_000_000
-    if source == "sparse":
-        allowed = min(allowed, sparse_folder(tmp_path / "sparse", hidden_size=1024, intermediate_size=24_576))
-        source = str(tmp_path / "sparse")
+    largest = sparse_folder(tmp_path / "sparse", hidden_size=1024, intermediate_size=16_384)
+    command = [sys.executable, "-c", MEASURE, str(folder), "smollm2-135m", str(tmp_path / "sparse")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(folder), source]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    measured = json.loads(result.stdout)
-    assert measured["added"] <= measured["model"] + allowed, measured
+    smollm2, sparse = json.loads(result.stdout)
+    assert smollm2["over the model"] <= 200_000_000
+    assert sparse["over the model"] <= min(largest, 200_000_000)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (with_value(float("nan")), r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity$"),
     "infinity": (with_value(float("-inf")), r"up_proj\.weight holds NaN or infinity$"),
     "missing tensor": (renamed, r"tensor model\.norm\.weight is missing$"),
-    "foreign tensor": (more, r"tensor model\.layers\.0\.self_attn\.q_norm\.weight does not belong to a LlamaForCausalLM"),
+    "foreign tensor": (
+        more,
+        r"tensor model\.layers\.0\.self_attn\.q_norm\.weight does not belong to a LlamaForCausalLM",
+    ),
     "integers": (integers, r"tensor model\.norm\.weight has dtype I64, which is not supported"),
     "another shape": (wider, r"mlp\.gate_proj\.weight has shape \(80, 48\), the config needs \(81, 48\)"),
 }
@@ -418,7 +422,7 @@ def test_a_gguf_file_with_any_byte_of_its_header_changed_raises_nothing_but_valu
     write_gguf(small_decoder(), tmp_path / "m.gguf")
     content = bytearray((tmp_path / "m.gguf").read_bytes())
     end = min(info.offset for info in read_header(tmp_path / "m.gguf").tensors.values())
-    failures = 0
+    messages = []
     for at in range(0, end, 3):
         damaged = content.copy()
         damaged[at] ^= 0xFF
@@ -426,9 +430,9 @@ def test_a_gguf_file_with_any_byte_of_its_header_changed_raises_nothing_but_valu
         try:
             load_model(tmp_path / "m.gguf")
         except ValueError as error:
-            failures += 1
-            assert "\n" not in str(error)
-    assert failures > end // 3 // 2
+            messages.append(str(error))
+    assert len(messages) > end // 3 // 2
+    assert not [message for message in messages if "\n" in message]
 
 
 @pytest.mark.parametrize(
@@ -438,7 +442,7 @@ def test_a_gguf_file_with_any_byte_of_its_header_changed_raises_nothing_but_valu
         ({"rope__dimension_count": 4}, r"llama\.rope\.dimension_count must be the head size, 8, got 4"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, 'rope type "yarn" is not supported'),
         ({"attention__head_count_kv": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
-        ({"block_count": 3}, r"tensor model\.layers\.2\.input_layernorm\.weight is missing \(and 8 more\)"),
+        ({"block_count": 3}, r"tensor model\.layers: the config has 3 layers, the file 2"),
         ({"feed_forward_length": 99}, r"tensor blk\.0\.ffn_gate\.weight has shape \(80, 48\), the config needs"),
     ],
     ids=str,
@@ -472,7 +476,9 @@ def test_a_kind_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     name = b"output_norm.weight"
     at = content.index(name) + len(name) + 4 + 8  # after the dimensions comes the type
     (tmp_path / "m.gguf").write_bytes(content[:at] + struct.pack("<I", 999) + content[at + 4 :])
-    with pytest.raises(ValueError, match=r"output_norm\.weight has ggml type 999, which is not supported; supported: F32"):
+    with pytest.raises(
+        ValueError, match=r"output_norm\.weight has ggml type 999, which is not supported; supported: F32"
+    ):
         load_model(tmp_path / "m.gguf")
     assert set(PLAIN) == {Kind.F32, Kind.F16, Kind.BF16}
 
@@ -487,7 +493,7 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for source in ("nothing", "./a/b", "a/b/c", "/no/where", "models/tiny", "org/x.gguf", "../up", "~/m", "org/"):
         with pytest.raises(ValueError, match="no such folder or file; built-in models: smollm2-135m"):
             load_model(source)
-    with pytest.raises(ValueError, match="a model is a folder or a .gguf file, not this file"):
+    with pytest.raises(ValueError, match=r"a model is a folder or a \.gguf file, not this file"):
         load_model("a.txt")
 
 

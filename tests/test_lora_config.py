@@ -61,6 +61,7 @@ def test_a_rank_pattern_matches_the_end_of_a_path_and_the_first_key_wins(pattern
         ({"target_modules": []}, False),
         ({"target_modules": r".*\.q_proj"}, True),
         ({"target_modules": "q_proj"}, False),
+        ({"target_modules": r".*\.q_"}, False),
         ({"target_modules": r"model\.layers\.[0-2]\..*"}, False),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, False),
         ({"exclude_modules": ["layers.3.self_attn.q_proj"]}, False),

@@ -66,6 +66,7 @@ def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.O
     moments = _read_tensors(path / "optimizer.safetensors")
     for name, parameter in parameters:
         _fits(weights.get(name), parameter, f"{path / 'trainable.safetensors'}: {name}")
+        _require_step(moments.get(f"{name}.step"), f"{path / 'optimizer.safetensors'}: {name}.step")
         for key in ("exp_avg", "exp_avg_sq"):
             _fits(moments.get(f"{name}.{key}"), parameter, f"{path / 'optimizer.safetensors'}: {name}.{key}")
     with torch.no_grad():
@@ -89,6 +90,11 @@ def _fits(tensor: Tensor | None, parameter: nn.Parameter, where: str) -> None:
     if tensor is None or tensor.shape != parameter.shape:
         found = "nothing" if tensor is None else tuple(tensor.shape)
         raise ValueError(f"{where} must have shape {tuple(parameter.shape)}, found {found}")
+
+
+def _require_step(tensor: Tensor | None, where: str) -> None:
+    if tensor is None or tensor.numel() != 1:
+        raise ValueError(f"{where} must be one number, found {'nothing' if tensor is None else tuple(tensor.shape)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import world
 
 MicroBatch = TypeVar("MicroBatch")
+Row = TypeVar("Row")
 
 
 def train_step(
@@ -58,7 +59,7 @@ def check_gradients(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
         raise ValueError(f"{len(missing)} trainable parameters got no gradient, the first {missing[0]}")
 
 
-def split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+def split(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in micro-batches of at most `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 

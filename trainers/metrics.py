@@ -28,15 +28,19 @@ def peak_memory_bytes() -> int:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, in order of step."""
 
-    def __init__(self, path: Path, resume_after: int | None = None) -> None:
-        """Start anew, or, resuming, keep only the lines up to step `resume_after`."""
-        self.path = path
+    def __init__(self, path: Path, resume_after: int | None = None, *, write: bool = True) -> None:
+        """Start anew, or, resuming, keep only the lines up to step `resume_after`. write=False: do nothing."""
+        self.path, self.writes = path, write
+        if not write:
+            return
         kept = [] if resume_after is None else [row for row in read_metrics(path) if row["step"] <= resume_after]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)
 
-    def write(self, **row: Any) -> None:
+    def append(self, **row: Any) -> None:
+        if not self.writes:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -194,7 +194,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     if config.resume and (found := all_checkpoints(out / "checkpoints")):
         done, counters = load_checkpoint(found[-1], parameters, optimizer)
         speed = Speed(counters["seconds"], counters["tokens"])
-    metrics = MetricsFile(out / "metrics.jsonl", resume_after=done if config.resume else None)
+    metrics = MetricsFile(out / "metrics.jsonl", resume_after=done if config.resume else None, write=world.is_main())
     progress = ProgressLine(total_steps, done, quiet=quiet or not world.is_main())
     trainable, total = count_parameters(model)
     progress.say(f"{config.model}, {config.method}: {trainable:,} of {total:,} parameters train, seed {config.seed}")
@@ -219,12 +219,10 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
                 row["eval_loss"] = eval_loss
                 progress.say(f"step {now}: loss {eval_loss:.4f} on {len(eval_set.examples)} held-out rows")
             progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
-            if world.is_main():
-                metrics.write(**row)
-                if config.save_every and now % config.save_every == 0:
-                    counters = {"seconds": speed.seconds, "tokens": speed.tokens}
-                    folder = out / "checkpoints"
-                    save_checkpoint(folder, now, parameters, optimizer, counters, config.keep_checkpoints)
+            metrics.append(**row)
+            if world.is_main() and config.save_every and now % config.save_every == 0:
+                counters = {"seconds": speed.seconds, "tokens": speed.tokens}
+                save_checkpoint(out / "checkpoints", now, parameters, optimizer, counters, config.keep_checkpoints)
     finally:
         progress.close()
     result = RunResult(

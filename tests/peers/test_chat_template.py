@@ -24,7 +24,8 @@ TEMPLATES = {
     "{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}"
     "{% endif %}{% endfor %}",
     "Llama 3": "{{- bos_token }}{% for message in messages %}\n"
-    "    {{- '<|im_start|>' + message['role'] + '<|im_end|>\n' }}\n    {{- message['content'] | trim + '<|eot_id|>' }}\n"
+    "    {{- '<|im_start|>' + message['role'] + '<|im_end|>\n' }}\n"
+    "    {{- message['content'] | trim + '<|eot_id|>' }}\n"
     "{%- endfor %}\n{%- if add_generation_prompt %}\n"
     "    {{- '<|im_start|>assistant<|im_end|>\n' }}\n{%- endif %}\n",
     "Qwen 3": "{%- set ns = namespace(last=-1) %}\n{%- for m in messages[::-1] %}\n{%- if m.role == 'user' %}\n"

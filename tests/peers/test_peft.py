@@ -165,6 +165,7 @@ def test_the_same_layers_ranks_scalings_and_counts(base: LlamaForCausalLM, optio
         {"target_modules": ["no_such_layer"]},
         {"target_modules": ["proj"]},
         {"target_modules": "q_proj"},
+        {"target_modules": r".*\.q_"},
         {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [9]},
         {"target_modules": ["q_proj", "mlp"]},
