@@ -16,7 +16,7 @@ def answer(
     conversations: Sequence[Messages],
     *,
     max_new_tokens: int,
-    batch_size: int = 25,
+    batch_size: int = 50,
 ) -> tuple[list[str], list[Completion]]:
     """The model's greedy answer in place of each conversation's last turn, as text and as ids."""
     prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]

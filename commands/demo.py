@@ -43,7 +43,7 @@ class DemoArgs:
     """Rows to learn from."""
     held_out_rows: int = 50
     """Rows to score on, of each kind."""
-    steps: int = 40
+    steps: int = 50
     """Optimizer steps."""
     seed: int = 0
     """Of the rows and of the training."""
@@ -99,7 +99,7 @@ def training_config(args: DemoArgs, out: Path) -> sft.SFTConfig:
         method="qlora",
         r=16,
         alpha=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         max_steps=args.steps,
         batch_size=8,
         accumulation=1,

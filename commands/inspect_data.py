@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from data.encode import encode_dataset
-from data.show import legend, show
+from data.encode import LEGEND, encode_dataset, show
 from models import load_tokenizer
 from trainers.sft import read_dataset
 
@@ -30,8 +29,7 @@ def run(args: InspectDataArgs) -> None:
     dataset = encode_dataset(tokenizer, rows, schema, max_seq_length=args.max_seq_length, path=args.data)
     console = Console(highlight=False)
     console.print(f"{args.data}: {schema.explanation}\n{dataset.report}", markup=False)
-    console.print(legend())
+    console.print(LEGEND)
     for number, example in enumerate(dataset.examples[: args.rows], 1):
-        learnt = sum(example.completion_mask)
-        console.rule(f"row {number}: {len(example.ids)} tokens, {learnt} learnt")
+        console.rule(f"row {number}: {len(example.ids)} tokens, {example.n_learnt} learnt")
         console.print(show(tokenizer, example))

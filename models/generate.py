@@ -110,7 +110,9 @@ def _choose(
     logits: Tensor, rows: list[_Row], temperature: float, top_k: int, top_p: float
 ) -> tuple[list[int], list[float]]:
     """The next token of every row, and its log-probability. logits fp32 (R, V)."""
-    logps = torch.log_softmax(logits / temperature if temperature else logits, dim=1)
+    if temperature:
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature  # no overflow, however small it is
+    logps = torch.log_softmax(logits, dim=1)
     keys = torch.tensor([row.key for row in rows], device=logits.device)
     positions = torch.tensor([len(row.prompt) + len(row.ids) for row in rows], device=logits.device)
     tokens = sample(logps, keys, positions, temperature=temperature, top_k=top_k, top_p=top_p)

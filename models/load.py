@@ -23,6 +23,7 @@ from lora import LinearNF4
 from lora.attach import HEAD, replace_module
 from quant import BLOCKSIZES, QuantizedTensor, dynamic_map
 from quant.double_quant import quantize_absmax
+from quant.tensor import shared_map
 
 from .config import DecoderConfig
 from .decoder import Decoder
@@ -69,7 +70,7 @@ def load_model(
     _check_options(dtype, quantize, blocksize)
     path = locate(source)
     checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
-    dtype = dtype or _supported(checkpoint.dtype)
+    dtype = dtype or _supported(checkpoint.dtype, f"{path}: ")
     _check_sizes(checkpoint)
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
@@ -97,9 +98,9 @@ def _check_options(dtype: torch.dtype | None, quantize: str | None, blocksize: i
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
 
 
-def _supported(dtype: torch.dtype) -> torch.dtype:
+def _supported(dtype: torch.dtype, where: str = "") -> torch.dtype:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
+        raise ValueError(f"{where}dtype must be float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}")
     return dtype
 
 
@@ -206,10 +207,10 @@ def _read_quantized(
         q = kernels.quantize(rows, quant_type=quant_type, blocksize=blocksize, double_quant=False)
         packed[start * K // 2 :][: q.packed.numel()] = q.packed
         absmax[start * K // blocksize :][: q.n_blocks] = q.scales()
-    whole = replace(q, packed=packed, absmax=absmax, shape=(N, K))
+    whole = replace(q, packed=packed, absmax=absmax, shape=(N, K), code=shared_map(q.code, device))
     if not double_quant:
         return whole
-    absmax_code = dynamic_map(signed=True).to(device)
+    absmax_code = shared_map(dynamic_map(signed=True), device)
     absmax_8bit, absmax2, absmax_offset = quantize_absmax(absmax, absmax_code)
     return replace(
         whole,

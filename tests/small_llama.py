@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import Decoder, DecoderConfig
@@ -128,3 +130,16 @@ def llama3_factors(config: DecoderConfig) -> np.ndarray:
             )
             factors.append(1 / ((1 - smooth) / rope.factor + smooth))
     return np.array(factors, dtype=np.float32)
+
+
+def assert_same(ours: Decoder, wanted: Decoder) -> None:
+    named = dict(ours.named_parameters())
+    assert named.keys() == dict(wanted.named_parameters()).keys()
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(named[name], parameter), name
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")

@@ -42,8 +42,8 @@ def rows_hash(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def start(out: Path, config: dict[str, Any], env: dict[str, Any], *, resume: bool) -> None:
-    """Make the folder and its config.json, or, resuming, check that nothing that matters has changed.
+def check(out: Path, config: dict[str, Any], env: dict[str, Any], *, resume: bool) -> None:
+    """Whether a run may write here: a new one nowhere near an old one, a resumed one as it was. Writes nothing.
 
     Raises ValueError when the folder holds a run and resume is not asked for, when there is nothing to resume, or,
     naming the field, when a flag or the environment differs from the run's.
@@ -54,9 +54,13 @@ def start(out: Path, config: dict[str, Any], env: dict[str, Any], *, resume: boo
         return
     if path.exists():
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
+
+
+def create(out: Path, config: dict[str, Any], env: dict[str, Any]) -> None:
+    """Make the folder and its config.json: once the data and the model are known to be good."""
     if world.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"config": config, "environment": env})
+        write_json(out / "config.json", {"config": config, "environment": env})
 
 
 def write_json(path: Path, value: Any) -> None:

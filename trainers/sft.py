@@ -178,7 +178,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     out = Path(config.out)
     rows, schema = read_dataset(config.data)
     env = run_folder.environment(run_folder.rows_hash(rows))
-    run_folder.start(out, asdict(config), env, resume=config.resume)
+    run_folder.check(out, asdict(config), env, resume=config.resume)
 
     tokenizer = load_tokenizer(config.model)
     train_set = encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=config.data)
@@ -190,6 +190,8 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
 
     window = config.batch_size * config.accumulation * world.world_size()
     total_steps = config.max_steps or max(1, math.ceil(len(train_set.examples) * config.epochs / window))
+    if not config.resume:
+        run_folder.create(out, asdict(config), env)
     done, speed = 0, Speed()
     if config.resume and (found := all_checkpoints(out / "checkpoints")):
         done, counters = load_checkpoint(found[-1], parameters, optimizer)

@@ -336,7 +336,7 @@ def test_a_tokenizer_that_they_saved_loads_here(their_tokenizer: Any, tmp_path: 
 
 @torch.no_grad()
 def test_a_gguf_file_of_ours_gives_their_logits(tmp_path: Path) -> None:
-    """Row order of q and k, and settings: both libraries read one file. transformers ignores rope_freqs: default rope."""
+    """Row order of q and k, and settings: both libraries read one file. transformers ignores rope_freqs: no scaling."""
     model = small_decoder(rms_norm_eps=1e-3)
     write_gguf(model, tmp_path / "small.gguf")
     ours = load_model(tmp_path / "small.gguf")
