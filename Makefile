@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -16,9 +16,6 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-
-bench: .venv/dev
-	$(BIN)/python benchmarks/bench_train_step.py
 
 clean:
 	rm -rf .venv build *.egg-info
