@@ -9,8 +9,9 @@ SOURCES := pyproject.toml constraints.txt setup.py
 demo: .venv/run
 	$(BIN)/qlora demo
 
+# One thread a worker: two workers with two threads each would wait for one another on two cores.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
