@@ -1,7 +1,7 @@
 """The words and sentence forms that data/tasks.py builds its rows from; "unseen" ones are nowhere in training.
 
-Slots of a form: {name}, {place}, {time}, {day} (the day alone), {on} ("on Friday", "tomorrow"), {items} (a quantity and
-a thing), {On} and {Items} (the same at the start of a sentence), {some} ("some oak stools"), {bare} ("oak stools").
+Slots of a form: {name}, {address}, {when} ("Friday at 3 pm"), {on} ("on Friday at 3 pm", "tomorrow"), {items} (a
+quantity and a thing), {On} and {Items} (at the start of a sentence), {bare} (things without a quantity).
 """
 
 
@@ -11,91 +11,60 @@ def _words(text: str) -> tuple[str, ...]:
 
 FORMS = {
     "train": (
-        "Hi, this is {name}. Could you send {items} to {place} {on} at {time}?",
-        "{name} here. I'd like {items} delivered to {place} by {day}, please.",
-        "Please deliver {items} to {name} in {place} {on} at {time}.",
-        "Order from {name}: {items}. Deliver to {place} {on}.",
-        "Can I get {items}? Ship to {place}. My name is {name}.",
-        "We need {items} in {place} {on}, before {time}.",
-        "Hello! {Items} for {name}, please. Drop off in {place} at {time} {on}.",
-        "Good morning, I am {name} and I want to order {items}. I live in {place}.",
-        "{Items} to {place}, {day}, {time}. Thanks, {name}",
-        "Send {items} to {place}. It's for {name}.",
-        "Could you bring {items} to my shop in {place} at {time}? I'm there {on}. {name}",
-        "I'd like to buy {items}. Delivery {on}, please. Regards, {name}",
-        "This is {name} from {place}. Do you have {items} for {day}?",
-        "My order: {items}. Address: {place}. Time: {time}. Name: {name}.",
-        "For {day}: {items}, to {place}. Ask for {name}.",
-        "{name} wants {items}, delivered to {place} at {time}.",
-        "Please put {items} aside for {name}. I'll pick up {on} at {time}.",
-        "Hey, it's {name} again. Same as last time: {items}, {place}, {day}.",
-        "Is it possible to get {items} to {place} by {time} {on}?",
-        "I would like {items}. The name is {name} and we are in {place}. Can you come {on}?",
-        "Hello, {items} please. {On} at {time} would be best. {name}, {place}",
-        "We are in {place} and we ran out of {bare}. Could you come {on}? {name}",
-        "New order, {items}, customer {name}, delivery to {place}, {day} at {time}.",
-        "Dear team, kindly send {items} to our office in {place}. Best wishes, {name}",
-        "{On} I need {items} in {place}. Please call when you leave. {name}",
-        "Do you still sell {bare}? I'm {name}, from {place}. I could come {on} at {time}.",
-        "Hi! My name is {name}. {Items} please, I'll collect them {on}.",
-        "Bring {items} to {place} at {time}, and tell {name} when you are there.",
-        "{name} called. {Items} for {place}, needed by {day}.",
-        "I ordered {items} but changed my mind about the day: make it {day}, {time}. {name}",
-        "Please send {some} to {place} {on}. Thank you! {name}",
-        "Thanks for the call. I'll take {items}. Deliver at {time} to {place}. {name}",
-        "Would {day} at {time} work? I need {items} in {place}.",
-        "To: {place}. What: {items}. When: {day}. Who: {name}.",
-        "It's {name}. A courier will fetch {items} {on} at {time}.",
-        "{Items}, please! {name}, {place}. No rush.",
+        "Hi, this is {name}. Please send {items} to {address} {on}.",
+        "{name} here. I'd like {items}, delivered to {address}.",
+        "Please deliver {items} to {name}, {address}, {on}.",
+        "Order from {name}: {items}, {address}, {when}.",
+        "Can I get {items}? Ship to {address}. My name is {name}.",
+        "We need {items} at {address} {on}.",
+        "Hello! {Items} for {name}, please. Drop off at {address}.",
+        "I am {name} and I want {items}. I live at {address}.",
+        "{Items} to {address}, {when}. Thanks, {name}",
+        "Send {items} to {address}. It's for {name}.",
+        "Could you bring {items} {on}? I'm at {address}. {name}",
+        "I'd like to buy {items}, for {when}. Regards, {name}",
+        "This is {name}, {address}. Do you have {items}?",
+        "My order: {items}. Address: {address}. Name: {name}.",
+        "For {when}: {items}, to {address}. Ask for {name}.",
+        "{name} wants {items} {on}.",
+        "Please keep {items} for {name}. Pickup is {when}.",
+        "It's {name} again: {items}, {address}, {when}.",
+        "Is it possible to get {items} to {address} {on}?",
+        "{Items}, please. The name is {name}, we are at {address}.",
+        "Hello, {items} please. {On} would be best. {name}",
+        "We ran out of {bare}. Could you come {on}? {name}, {address}",
+        "New order, {items}, customer {name}, {when}.",
+        "Dear team, kindly send {items} to {address}. Best wishes, {name}",
+        "{On} I need {items} at {address}. {name}",
+        "Do you still sell {bare}? I'm {name}. I could come {on}.",
+        "My name is {name}. {Items}, I'll collect them {on}.",
+        "Bring {items} to {address} and ask for {name}.",
+        "{name} called: {items}, {address}, needed {when}.",
+        "I changed my mind: make it {items}, {when}. {name}",
+        "Please send {bare} to {address} {on}. {name}",
+        "Thanks for the call. I'll take {items}. Deliver to {address}. {name}",
+        "Would {when} work? I need {items}. {name}",
+        "To: {address}. What: {items}. When: {when}. Who: {name}.",
+        "A courier will fetch {items} {on}. {name}",
+        "{Items}, please! {name}, {address}.",
     ),
     "unseen": (
-        "Good evening, {name} speaking. I want {items} brought to {place} {on}, around {time}.",
-        "Reserve {items} for me, please. I'll be in {place} {on}. Yours, {name}",
-        "Quick one from {name}: {items}, drop at {place}, {time}.",
-        "Our café in {place} needs {items} {on}. Contact: {name}.",
-        "May I have {items} sent over to {place}? {On} is fine. Cheers, {name}",
-        "I'm writing for {name}, who would love {items}. Deliver {on} at {time}, please.",
-        "Purchase request: {items}. Destination: {place}. Date: {day}. Hour: {time}. Buyer: {name}.",
-        "Hi there, can {items} reach {place} by {day}? If so, book it under {name}.",
-        "{name} would like to know if you could drop {items} at {place} at {time}.",
-        "Looking for {some} near {place}. Could someone call me {on}? {name}",
-        "At {time} {on}, please have {items} ready. Signed, {name}",
-        "We just moved to {place}, so send {items} there {on}, not to the old flat. {name}",
+        "Good evening, {name} speaking. I want {items} brought to {address} {on}.",
+        "Reserve {items} for me. I'll pass by {on}. Yours, {name}",
+        "Quick one from {name}: {items}, drop at {address}.",
+        "Our café at {address} needs {items} {on}. Contact: {name}.",
+        "May I have {items} sent over? {On} is fine. Cheers, {name}",
+        "I'm writing for {name}, who would love {items} {on}.",
+        "Purchase: {items}. Destination: {address}. Date: {when}. Buyer: {name}.",
+        "Hi there, can {items} reach {address} {on}? Book it under {name}.",
+        "Could you drop {items} at {address}? {name} will pay.",
+        "Looking for {bare}, if any are left. Call me {on}. {name}",
+        "{On}, please have {items} ready. Signed, {name}",
+        "We just moved to {address}, so {items} should go there {on}. {name}",
     ),
 }
 
-FIRST_NAMES = {
-    "train": _words(
-        """Aaron, Abena, Abigail, Adam, Adriana, Adèle, Agnes, Ahmed, Aisha, Alan, Albert, Alejandro, Alex, Alice,
-        Alma, Amelia, Amir, Ana, Anders, André, Angela, Anita, Anjali, Anna, Annika, Antonio, Ariel, Arjun,
-        Arthur, Astrid, Aurora, Axel, Ayşe, Barbara, Basil, Beatriz, Ben, Benedict, Bernard, Bianca, Birgit,
-        Bogdan, Bonnie, Boris, Brenda, Brian, Bruno, Camille, Carlos, Carmen, Caroline, Caspar, Catherine,
-        Cecilia, Céline, Chandra, Charles, Charlotte, Chloé, Christian, Christine, Clara, Claude, Colin,
-        Conor, Cynthia, Cyrus, Dalia, Damian, Daniel, Daria, David, Deborah, Deepak, Denis, Derek, Diana,
-        Dimitri, Dominic, Donna, Doris, Dylan, Dörte, Edith, Eduardo, Eleanor, Elena, Elias, Elif,
-        Elizabeth, Ellen, Elsa, Emeka, Émile, Emma, Enrique, Erik, Ernest, Esther, Eugene, Eva, Faith,
-        Farid, Fatima, Felix, Fernando, Filip, Frances, Frank, François, Frida, Fritz, Gabriel, Gemma,
-        George, Gerald, Gilbert, Gita, Giulia, Gloria, Gordon, Grace, Greta, Guillaume, Gustav, Hana,
-        Hannah, Harold, Harriet, Heidi, Helga, Hélène, Henry, Herbert, Hiro, Holly, Howard, Hugo, Håkon,
-        Ian, Ibrahim, Ida, Ilse, Imran, Ines, Inga, Irina, Iris, Isabel, Ivan, Jack, Jacob, James, Jamila,
-        Jan, Jane, Jasmine, Javier, Jean, Jeremy, Joan, Joel, John, Jonas, Joyce, Juan, Judith, Julia,
-        Julian, Kamal, Karen, Karim, Kate, Katya, Keith, Kenji, Kevin, Klaus, Kofi, Kristina, Kyle, Laila,
-        Lars, Laura, Lena, Leon, Lewis, Liam, Lilian, Linda, Lorenzo, Luca, Lucas, Lucy, Luis, Lydia, Mads,
-        Magda, Maja, Malik, Manuel, Marco, Margaret, Maria, Martha, Mateo, Maxim, Megan, Mehmet, Melissa,
-        Mia, Miguel, Mina, Mohammed, Monika, Mário, Nadia, Nancy, Natalia, Neil, Nicole, Nikhil, Nils, Noah,
-        Noémie, Nora, Norman, Olga, Oliver, Olivia, Omar, Oscar, Otto, Pablo, Pamela, Patrick, Paula, Pedro,
-        Peter, Petra, Philip, Pooja, Quentin, Rachel, Rahul, Ramón, Rania, Raymond, Rebecca, Regina, Renée,
-        Ricardo, Richard, Robert, Roger, Roland, Roman, Rosa, Rupert, Ruth, Ryan, Sabine, Salma, Samir,
-        Samuel, Sandra, Sara, Scott, Sean, Sharon, Sheila, Sigrid, Silvia, Simon, Sofía, Sophie, Stella,
-        Sunita, Susan, Sven, Sylvie, Søren, Tanja, Tara, Teresa, Théo, Thomas, Timothy, Tina, Tomás, Tony,
-        Ulrich, Umar, Ursula, Valerie, Vanessa, Vera, Veronica, Victor, Vikram, Vincent, Vivian, Walter,
-        Wanda, Wendy, William, Xavier, Yara, Yasmin, Yolanda, Yusuf, Yvonne, Zainab, Zara, Zoë"""
-    ),
-    "unseen": _words(
-        """Mathilde, Rafael, Ingrid, Kwame, Léa, Stefan, Priya, Owen, Björn, Valentina, Hassan, Aurélie, Tobias, Naomi,
-        Gábor, Fiona, Marcus, Leila, Joaquín, Bridget"""
-    ),
-}
+TITLES = _words("Mr, Mrs, Ms, Dr, Miss")
 LAST_NAMES = {
     "train": _words(
         """Abbott, Acosta, Aguilar, Allen, Almeida, Alvarez, Anand, Andersen, Arnold, Arslan, Ashworth, Atkins, Ayala,
@@ -132,20 +101,20 @@ LAST_NAMES = {
 }
 WHOLE_NAMES = {
     "train": _words(
-        """Nguyễn Thị Lan, Trần Văn Minh, Lê Hoàng Nam, Phạm Thu Hà, Võ Minh Tuấn, Đặng Ngọc Mai, Bùi Thanh Sơn, Hồ Bảo
-        Trân, Ngô Đức Anh, Dương Mỹ Linh, Trịnh Quang Huy, Mai Phương Thảo, Đinh Công Thành, Tạ Kim Oanh,
-        Cao Xuân Bách, Lâm Tuyết Nhi, Tô Hải Đăng, Châu Bích Ngọc"""
+        """Nguyễn Thị Lan, Trần Văn Minh, Lê Hoàng Nam, Phạm Thu Hà, Võ Minh Tuấn, Đặng Ngọc Mai, Bùi Thanh Sơn,
+        Hồ Bảo Trân, Ngô Đức Anh, Dương Mỹ Linh, Trịnh Quang Huy, Mai Phương Thảo, Chloé Dubois, José García,
+        Søren Nilsson, Zoë Fontaine, Emeka Okafor, Elif Demir, Håkon Larsen, Anna Kowalski"""
     ),
-    "unseen": _words("Huỳnh Quốc Việt, Đỗ Khánh Vy, Lý Gia Hân, Phan Hữu Phước, Vũ Tường Vi"),
+    "unseen": _words(
+        """Huỳnh Quốc Việt, Đỗ Khánh Vy, Phan Gia Hân, Vũ Tường Vi, Aurélie Petit, Joaquín Sandoval, Björn Eriksen,
+        Priya Adeyemi, Owen Whitfield, Naomi Strand"""
+    ),
 }
 KINDS = _words(
-    """aluminium, antique, bamboo, beige, big, black, blue, brass, bright, bronze, brown, canvas, cardboard, ceramic,
-    cheap, cherry, clay, copper, cotton, crystal, dark, denim, electric, enamel, felt, flat, foam, folding,
-    glass, gold, golden, granite, green, grey, heavy, indigo, iron, ivory, jute, large, leather, light, lilac,
-    linen, long, maple, marble, metal, mini, narrow, oak, olive, orange, oval, padded, paper, pearl, pine, pink,
-    plain, plastic, porcelain, purple, quilted, red, resin, round, rubber, rustic, satin, scented, short, silk,
-    silver, slate, slim, small, soft, spruce, square, steel, stone, striped, tall, teak, thick, thin, tin,
-    turquoise, velvet, violet, walnut, waxed, white, wide, wooden, wool, woven, yellow, zinc"""
+    """red, blue, green, white, black, yellow, brown, grey, orange, purple, pink, beige, golden, silver, large,
+        small, big,
+    tall, short, wide, narrow, heavy, light, round, square, flat, thin, thick, plain, striped, painted, antique, wooden,
+    metal, plastic, steel, oak, pine, brass, folding, cheap, new, spare, simple"""
 )
 THINGS = {
     "train": _words(
@@ -171,42 +140,36 @@ THINGS = {
         window, wire, workbench, wreath, zip"""
     ),
     "unseen": _words(
-        "kettle, ladder, drawer, hammock, saucer, bucket, wardrobe, notebook, lantern, planter, kite, thermometer"
+        """kettle, ladder, drawer, hammock, saucer, bucket, wardrobe, notebook, lantern, planter, kite, thermometer, tin
+        opener, bird feeder"""
     ),
 }
-PLACES = {
+STREETS = {
     "train": _words(
-        """Aberdeen, Accra, Adelaide, Algiers, Almaty, Amman, Amsterdam, Ankara, Antwerp, Arles, Arusha, Asunción,
-        Athens, Auckland, Austin, Avignon, Baku, Bandung, Bangkok, Barcelona, Basel, Bath, Beirut, Belém,
-        Belfast, Belgrade, Bergen, Berlin, Biarritz, Bilbao, Bogotá, Bonn, Bordeaux, Boston, Brighton,
-        Brisbane, Brno, Bruges, Brussels, Bucharest, Budapest, Buenos Aires, Cairo, Calgary, Cambridge,
-        Cancún, Canterbury, Cape Town, Caracas, Cardiff, Casablanca, Chennai, Chicago, Cleveland, Cologne,
-        Colombo, Copenhagen, Cork, Cuenca, Cusco, Cádiz, Córdoba, Dakar, Dallas, Delft, Delhi, Derby,
-        Detroit, Dijon, Doha, Dortmund, Dresden, Dubai, Dublin, Dundee, Durban, Edinburgh, Essen, Exeter,
-        Fez, Florence, Frankfurt, Freiburg, Galway, Gdańsk, Geneva, Genoa, Ghent, Glasgow, Granada,
-        Guadalajara, Göteborg, Haarlem, Halifax, Hamburg, Hanoi, Havana, Helsinki, Hobart, Houston, Hull,
-        Huế, Innsbruck, Inverness, Istanbul, Izmir, Jakarta, Jena, Kampala, Kansas City, Kathmandu, Kiel,
-        Kigali, Kobe, Kraków, Kyoto, Köln, La Paz, Lagos, Lausanne, Le Havre, Leeds, Leiden, Leipzig, León,
-        Lille, Lima, Limerick, Linz, Lisbon, Liverpool, London, Lucerne, Lund, Luxembourg, Lyon, Maastricht,
-        Madrid, Malmö, Manila, Maputo, Marseille, Medellín, Melbourne, Memphis, Mérida, Metz, Miami, Milan,
-        Minsk, Monaco, Montevideo, Munich, Málaga, Nairobi, Nantes, Naples, Nashville, New York, Newcastle,
-        Nice, Norwich, Nottingham, Nuremberg, Odense, Oporto, Orlando, Osaka, Oslo, Ottawa, Oxford, Padua,
-        Palermo, Panama City, Paris, Perth, Pisa, Plymouth, Portland, Porto Alegre, Poznań, Prague, Preston,
-        Quito, Rabat, Ravenna, Recife, Reims, Rennes, Reykjavík, Riga, Rome, Rotterdam, Rouen, Salzburg, San
-        José, Santiago, São Paulo, Sapporo, Sarajevo, Savannah, Seattle, Seoul, Sheffield, Siena, Singapore,
-        Skopje, Sofia, Split, Stavanger, Stockholm, Strasbourg, Stuttgart, Swansea, Sydney, Szeged, Tallinn,
-        Tampa, Tampere, Tbilisi, Tirana, Toledo, Toronto, Tours, Trieste, Trondheim, Tucson, Tunis, Turin,
-        Uppsala, Utrecht, Valencia, Vancouver, Venice, Verona, Vienna, Vigo, Vũng Tàu, Warsaw, Wellington,
-        Winnipeg, Worcester, York, Zagreb, Zürich, Đà Nẵng, 11 Market Place, 12 Rose Street, 15 Meadow
-        Court, 140 Lake Drive, 48 Station Road, 68 Forest Road, 77 Queens Road, 160 Park Avenue, 214 High
-        Street, 25 Garden Row, 29 School Lane, 3 Harbour View, 31 North Parade, 36 Elm Grove, 402 Bridge
-        Street, 5 Church Hill, 502 Hill Street, 58 River Walk, 6 Victoria Square, 7 Mill Lane, 83 Orchard
-        Way, 9 Chapel Lane, 91 King Street"""
+        """Abbot, Acorn, Albert, Alder, Anchor, Apple, Arch, Ash, Aspen, Avon, Baker, Bank, Barn, Bay, Beach, Beech,
+        Birch, Bishop, Bridge, Broad, Brook, Canal, Castle, Cedar, Chapel, Cherry, Chestnut, Church,
+        Clifton, Coach, College, Copper, Cottage, Cross, Crown, Dale, Dean, Dock, Duke, Elm, Falcon, Farm,
+        Fern, Ferry, Field, Fir, Flora, Forest, Fountain, Fox, Garden, George, Glen, Grange, Green, Grove,
+        Hall, Harbour, Hawthorn, Hazel, Heath, High, Hill, Holly, Hope, Ivy, Jubilee, Juniper, King, Lake,
+        Lark, Laurel, Lemon, Library, Lime, Linden, London, Lower, Main, Manor, Maple, Market, Marsh,
+        Meadow, Mill, Moor, Mountain, New, North, Oak, Old, Orange, Orchard, Palace, Park, Pear, Peach,
+        Pine, Poplar, Priory, Prince, Quarry, Queen, Railway, Richmond, Ridge, River, Robin, Rose,
+        Salisbury, School, Shore, Silver, South, Spring, Spruce, Stable, Station, Summer, Sun, Swan, Temple,
+        Tower, Union, Upper, Valley, Victoria, Vine, Walnut, Water, Wells, West, Wheat, Wind, Windsor, Wood,
+        York"""
     ),
     "unseen": _words(
-        """Bristol, Vilnius, Cần Thơ, Montréal, Denver, Aarhus, Sevilla, Mombasa, Graz, Plovdiv, Nha Trang, Toulouse,
-        64 Willow Close, 19 Castle Road, 230 Ocean Drive, 8 Abbey Gardens, Phoenix, Bologna"""
+        "Willow, Abbey, Ocean, Museum, Thistle, Bamboo, Lighthouse, Theatre, Pebble, Cambridge, Sycamore, Harvest"
     ),
+}
+STREET_KINDS = _words("Street, Road, Lane, Avenue, Close, Way, Drive, Court, Place, Row")
+WHOLE_STREETS = {
+    "train": _words(
+        """Rue Molière, Rue du Marché, Via Roma, Via Garibaldi, Calle Mayor, Calle Cervantes, Königstraße, Gartenweg,
+        Rua Augusta, Avenida São João, Phố Huế, Đường Lê Lợi, Kungsgatan, Plac Zamkowy, Nørregade, İstiklal
+        Caddesi"""
+    ),
+    "unseen": _words("Rue Voltaire, Via Dante, Calle del Sol, Bahnhofstraße, Phố Trần Phú, Rua das Flores"),
 }
 MONTHS = {
     "train": _words("January, March, April, May, June, July, September, October, November, December"),

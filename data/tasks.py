@@ -1,15 +1,15 @@
 """The demo's task: a customer's message becomes a record that a shop's order system can read.
 
-    input    Hi, this is Chloé Lambert. Could you send three oak stools to Leeds on Friday at 3 pm?
-    output   {"name": "Chloé Lambert", "item": "oak stools", "quantity": 3, "place": "Leeds", "day": "Friday",
-              "time": "3 pm"}                                                                on one line
+    input    Hi, this is Ms Nguyễn Thị Lan. Please send three oak stools to 12 Rose Street on Friday at 3 pm.
+    output   {"name": "Ms Nguyễn Thị Lan", "item": "oak stools", "quantity": 3, "address": "12 Rose Street",
+              "when": "Friday at 3 pm"}                                                      on one line
 
-Rows come from sentence forms and word lists, so every answer is known to be right. Names, items, places, days and times
-are copied from the text, quantities become numbers, and what is not said is null.
+Rows come from sentence forms and word lists, so every answer is known to be right. Names, items, addresses, days and
+times are copied from the text, quantities become numbers, and what is not said is null.
 
     train        known words in known forms
     recombined   the same words and forms in rows that training never shows: a checksum of the text decides the side
-    unseen       names, things, places, months and sentence forms that are nowhere in training
+    unseen       names, things, streets, months and sentence forms that are nowhere in training
 
 A row is a pure function of (split, seed, its number). Rows have the Alpaca shape {instruction, input, output}.
 Left out: spelling mistakes, several items in one message, other languages than English around the words.
@@ -21,21 +21,23 @@ import zlib
 from collections.abc import Sequence
 
 from .task_words import (
-    FIRST_NAMES,
     FORMS,
     KINDS,
     LAST_NAMES,
     MONTHS,
     NUMBER_WORDS,
-    PLACES,
+    STREET_KINDS,
+    STREETS,
     THINGS,
+    TITLES,
     WEEKDAYS,
     WHOLE_NAMES,
+    WHOLE_STREETS,
 )
 
-KEYS = ("name", "item", "quantity", "place", "day", "time")
+KEYS = ("name", "item", "quantity", "address", "when")
 SPLITS = ("train", "recombined", "unseen")
-INSTRUCTION = "Order to JSON: " + ", ".join(KEYS) + "."
+INSTRUCTION = "To JSON: " + ", ".join(KEYS) + "."
 
 
 def make_split(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
@@ -63,23 +65,22 @@ def _side(text: str) -> str:
 def _draw(rng: random.Random, words: str) -> tuple[str, dict[str, str | int | None]]:
     """One message and its record."""
     form = _pick(rng, FORMS[words])
+    name, address = _name(rng, words), _address(rng, words)
     quantity, number, thing = _thing(rng, words)
-    day, on = _day(rng, words)
-    name, place, time = _name(rng, words), _pick(rng, PLACES[words]), _time(rng)
-    items = f"{quantity} {thing}"
-    slots = {"name": name, "place": place, "time": time, "day": day, "on": on, "On": _capital(on)}
-    if "{some}" in form or "{bare}" in form:
+    when, on = _when(rng, words)
+    if "{bare}" in form:
         number, thing = None, _plural(thing) if number == 1 else thing
-    text = form.format(**slots, items=items, Items=_capital(items), some=f"some {thing}", bare=thing)
+    items = f"{quantity} {thing}"
+    slots = {"name": name, "address": address, "when": when, "on": on, "items": items, "bare": thing}
+    text = form.format(**slots, On=_capital(on), Items=_capital(items))
     record = {
         "name": name if "{name}" in form else None,
         "item": thing,
         "quantity": number,
-        "place": place if "{place}" in form else None,
-        "day": day if "{day}" in form or "{on}" in form or "{On}" in form else None,
-        "time": time if "{time}" in form else None,
+        "address": address if "{address}" in form else None,
+        "when": when if any(slot in form for slot in ("{when}", "{on}", "{On}")) else None,
     }
-    return text, record
+    return _capital(text), record
 
 
 def _capital(text: str) -> str:
@@ -92,18 +93,22 @@ def _pick(rng: random.Random, choices: Sequence[str]) -> str:
 
 
 def _name(rng: random.Random, words: str) -> str:
-    if rng.random() < 0.2:
-        return _pick(rng, WHOLE_NAMES[words])
-    return f"{_pick(rng, FIRST_NAMES[words])} {_pick(rng, LAST_NAMES[words])}"
+    name = _pick(rng, WHOLE_NAMES[words] if rng.random() < 0.25 else LAST_NAMES[words])
+    return f"{_pick(rng, TITLES)} {name}"
+
+
+def _address(rng: random.Random, words: str) -> str:
+    number = 1 + int(rng.random() * 120)
+    if rng.random() < 0.15:
+        return f"{number} {_pick(rng, WHOLE_STREETS[words])}"
+    return f"{number} {_pick(rng, STREETS[words])} {_pick(rng, STREET_KINDS)}"
 
 
 def _thing(rng: random.Random, words: str) -> tuple[str, int | None, str]:
     """(how the quantity is said, its number, the thing in the singular or plural that goes with it)."""
-    thing = _pick(rng, THINGS[words])
-    if rng.random() < 0.5:
-        thing = f"{_pick(rng, KINDS)} {thing}"
+    thing = f"{_pick(rng, KINDS)} {_pick(rng, THINGS[words])}"
     kind = rng.random()
-    if kind < 0.3:
+    if kind < 0.25:
         return "an" if thing[0] in "aeiou" else "a", 1, thing
     if kind < 0.6:
         word = _pick(rng, list(NUMBER_WORDS))
@@ -118,21 +123,20 @@ def _plural(thing: str) -> str:
     return thing + ("es" if thing.endswith(("x", "ch", "sh", "s")) else "s")
 
 
-def _day(rng: random.Random, words: str) -> tuple[str, str]:
-    """(the day, the day with its preposition)."""
+def _when(rng: random.Random, words: str) -> tuple[str, str]:
+    """(a day, in some rows with a time; the same with its preposition)."""
     kind = rng.random()
-    if kind < 0.15:
-        return "tomorrow", "tomorrow"
     date = f"{1 + int(rng.random() * 28)} {_pick(rng, MONTHS[words])}"
-    day = _pick(rng, WEEKDAYS) if kind < 0.65 else date
-    return day, f"on {day}"
+    day = "tomorrow" if kind < 0.15 else _pick(rng, WEEKDAYS) if kind < 0.65 else date
+    when = f"{day} at {_time(rng)}" if rng.random() < 0.4 else day
+    return when, when if day == "tomorrow" else f"on {when}"
 
 
 def _time(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.1:
         return "noon"
-    if kind < 0.5:
+    if kind < 0.6:
         hour = 7 + int(rng.random() * 13)
         return f"{(hour - 1) % 12 + 1} {'am' if hour < 12 else 'pm'}"
     return f"{8 + int(rng.random() * 12)}:{5 * int(rng.random() * 12):02d}"

@@ -134,7 +134,8 @@ def test_a_missing_tensor_is_named(suffix: str) -> None:
         ("nested_absmax", torch.zeros(2, dtype=torch.bfloat16), "float32.*bfloat16"),
         ("quant_map", torch.linspace(-1, 1, 16), "quant_map must be the 16 levels"),
         ("quant_map", torch.zeros(15), "quant_map must be the 16 levels"),
-        ("nested_quant_map", torch.zeros(256), "nested_quant_map must hold 256"),
+        ("nested_quant_map", torch.zeros(255), "nested_quant_map must hold 256"),
+        ("nested_quant_map", torch.full((256,), torch.nan), "nested_quant_map must hold finite levels"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(suffix: str, tensor: torch.Tensor, message: str) -> None:

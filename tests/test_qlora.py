@@ -99,7 +99,8 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(capsys, made, tmp_p
     assert "file" in fails(capsys, *sft(made, tmp_path, out=tmp_path / "file" / "run"))
 
 
-def test_train_then_generate_probe_and_inspect(capsys, made, tmp_path):
+def test_train_then_generate_probe_and_inspect(capsys, monkeypatch, made, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
     flags = {"samples": 0, "r": 2, "method": "lora"}
     assert qlora.main([str(word) for word in sft(made, tmp_path, **flags)]) == 0
     adapter = str(tmp_path / "run" / "adapter")
