@@ -39,7 +39,7 @@ class DemoArgs:
 
     out: str = "runs/demo"
     """The demo's folder; an earlier demo in it is replaced."""
-    train_rows: int = 320
+    train_rows: int = 400
     """Rows to learn from."""
     held_out_rows: int = 50
     """Rows to score on, of each kind."""

@@ -1,7 +1,7 @@
 """The words and sentence forms that data/tasks.py builds its rows from; "unseen" ones are nowhere in training.
 
-Slots of a form: {name}, {address}, {when} ("Friday at 3 pm"), {on} ("on Friday at 3 pm", "tomorrow"), {items} (a
-quantity and a thing), {On} and {Items} (at the start of a sentence), {bare} (things without a quantity).
+Slots of a form: {name}, {address}, {when} ("Friday at 3 pm"), {on} ("on Friday at 3 pm", "tomorrow"), {items} ("two
+oak stools"), and {On} and {Items} for the start of a sentence.
 """
 
 
@@ -16,7 +16,7 @@ FORMS = {
         "Please deliver {items} to {name}, {address}, {on}.",
         "Order from {name}: {items}, {address}, {when}.",
         "Can I get {items}? Ship to {address}. My name is {name}.",
-        "We need {items} at {address} {on}.",
+        "We need {items} at {address} {on}. {name}",
         "Hello! {Items} for {name}, please. Drop off at {address}.",
         "I am {name} and I want {items}. I live at {address}.",
         "{Items} to {address}, {when}. Thanks, {name}",
@@ -29,23 +29,23 @@ FORMS = {
         "{name} wants {items} {on}.",
         "Please keep {items} for {name}. Pickup is {when}.",
         "It's {name} again: {items}, {address}, {when}.",
-        "Is it possible to get {items} to {address} {on}?",
+        "Is it possible to get {items} to {address} {on}? {name}",
         "{Items}, please. The name is {name}, we are at {address}.",
         "Hello, {items} please. {On} would be best. {name}",
-        "We ran out of {bare}. Could you come {on}? {name}, {address}",
+        "Could you come {on}? We are out of stock and need {items}. {name}, {address}",
         "New order, {items}, customer {name}, {when}.",
         "Dear team, kindly send {items} to {address}. Best wishes, {name}",
         "{On} I need {items} at {address}. {name}",
-        "Do you still sell {bare}? I'm {name}. I could come {on}.",
+        "Do you have {items} left? I'm {name}. I could come {on}.",
         "My name is {name}. {Items}, I'll collect them {on}.",
         "Bring {items} to {address} and ask for {name}.",
         "{name} called: {items}, {address}, needed {when}.",
         "I changed my mind: make it {items}, {when}. {name}",
-        "Please send {bare} to {address} {on}. {name}",
+        "Please get {items} to {address} {on}. {name}",
         "Thanks for the call. I'll take {items}. Deliver to {address}. {name}",
         "Would {when} work? I need {items}. {name}",
         "To: {address}. What: {items}. When: {when}. Who: {name}.",
-        "A courier will fetch {items} {on}. {name}",
+        "A courier will fetch {items} {on} for {name}.",
         "{Items}, please! {name}, {address}.",
     ),
     "unseen": (
@@ -58,7 +58,7 @@ FORMS = {
         "Purchase: {items}. Destination: {address}. Date: {when}. Buyer: {name}.",
         "Hi there, can {items} reach {address} {on}? Book it under {name}.",
         "Could you drop {items} at {address}? {name} will pay.",
-        "Looking for {bare}, if any are left. Call me {on}. {name}",
+        "Looking for {items}. Call me {on}. {name}",
         "{On}, please have {items} ready. Signed, {name}",
         "We just moved to {address}, so {items} should go there {on}. {name}",
     ),
@@ -111,10 +111,8 @@ WHOLE_NAMES = {
     ),
 }
 KINDS = _words(
-    """red, blue, green, white, black, yellow, brown, grey, orange, purple, pink, beige, golden, silver, large,
-        small, big,
-    tall, short, wide, narrow, heavy, light, round, square, flat, thin, thick, plain, striped, painted, antique, wooden,
-    metal, plastic, steel, oak, pine, brass, folding, cheap, new, spare, simple"""
+    """red, blue, green, white, black, yellow, brown, grey, orange, purple, pink, golden, silver, large, small, big,
+    tall, short, wide, heavy, light, round, square, wooden, metal, plastic, new"""
 )
 THINGS = {
     "train": _words(
@@ -140,8 +138,8 @@ THINGS = {
         window, wire, workbench, wreath, zip"""
     ),
     "unseen": _words(
-        """kettle, ladder, drawer, hammock, saucer, bucket, wardrobe, notebook, lantern, planter, kite, thermometer, tin
-        opener, bird feeder"""
+        """kettle, ladder, drawer, hammock, saucer, bucket, wardrobe, notebook, lantern, planter, kite, thermometer,
+        trumpet, scooter"""
     ),
 }
 STREETS = {

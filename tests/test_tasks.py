@@ -13,7 +13,6 @@ from data.task_words import (
     NUMBER_WORDS,
     STREETS,
     THINGS,
-    TITLES,
     WHOLE_NAMES,
     WHOLE_STREETS,
 )
@@ -70,13 +69,9 @@ def test_every_answer_is_in_the_text(splits: dict[str, list[dict]], split: str) 
         assert record["item"] in text
         for key in ("name", "address", "when"):
             assert record[key] is None or record[key] in text or record[key].capitalize() in text
-        if (quantity := record["quantity"]) is not None:
-            said = (str(quantity), numbers.get(quantity, "-"), *(("a", "an") if quantity == 1 else ()))
-            assert re.search(rf"\b({'|'.join(said)}) {record['item']}", text, re.IGNORECASE), text
-        else:
-            assert not re.search(rf"(\d|\ban?|{'|'.join(NUMBER_WORDS)}) {record['item']}", text)
-        if record["name"] is None:
-            assert not re.search(rf"\b({'|'.join(TITLES)})\b", text)
+        quantity = record["quantity"]
+        said = (str(quantity), numbers.get(quantity, "-"), *(("a", "an") if quantity == 1 else ()))
+        assert re.search(rf"\b({'|'.join(said)}) {record['item']}", text, re.IGNORECASE), text
         if record["address"] is None:
             assert not re.search(rf"\d ({'|'.join((*STREETS[words], *WHOLE_STREETS[words]))})\b", text)
         if record["when"] is None:
