@@ -71,7 +71,7 @@ def _draw(rng: random.Random, words: str) -> tuple[str, dict[str, str | int | No
     items = f"{quantity} {thing}"
     slots = {"name": name, "address": address, "when": when, "on": on, "items": items}
     text = form.format(**slots, On=_capital(on), Items=_capital(items))
-    record = {
+    record: dict[str, str | int | None] = {
         "name": name,
         "item": thing,
         "quantity": number,
