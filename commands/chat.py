@@ -31,17 +31,8 @@ def run(args: ChatArgs) -> None:
         elif said:
             messages.append({"role": "user", "content": said})
             stream = TextStream(tokenizer)
-            completion = generate(
-                model,
-                [encode_prompt(tokenizer, messages)],
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                seed=args.seed,
-                stop_ids=tokenizer.eos_ids,
-                on_token=stream,
-            )[0]
+            prompt = encode_prompt(tokenizer, messages)
+            [completion] = generate(model, [prompt], stop_ids=tokenizer.eos_ids, on_token=stream, **args.options())
             print()
             answer = tokenizer.decode(completion.ids, skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer})

@@ -7,7 +7,7 @@
 5. load the 4-bit base again with the saved adapter, and try that on the same rows
 
 The score is exact match of the whole record, on rows that recombine known words and forms, and on rows whose names,
-places, things and sentence forms training never shows. runs/demo/result.json keeps it.
+things, streets, months and sentence forms training never shows. runs/demo/result.json keeps it.
 """
 
 import json
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data import tasks
+from data.schema import detect, to_messages
 from lora import load_adapter
 from models import Completion, Decoder, Tokenizer, load_model, load_tokenizer
 from trainers import sft
@@ -144,7 +145,8 @@ class Trial:
 
 def try_rows(model: Decoder, tokenizer: Tokenizer, rows: list[dict[str, str]]) -> Trial:
     model.eval()
-    conversations = [sft.to_messages(row, sft.detect(rows, "rows"), "row") for row in rows]
+    schema = detect(rows, "rows")
+    conversations = [to_messages(row, schema, "row") for row in rows]
     answers, completions = answer(model, tokenizer, conversations, max_new_tokens=MAX_NEW_TOKENS)
     return Trial(answers, completions, tasks.score(answers, rows))
 

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -28,6 +28,11 @@ class SamplingArgs(ModelArgs):
     """Sample only among this many; 0 is no limit."""
     seed: int = 0
     """Same seed, same answer."""
+
+    def options(self) -> dict[str, Any]:
+        """These flags as models.generate's arguments."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,10 @@ def run(args: GenerateArgs) -> None:
     completions = generate(
         model,
         [ids],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
         stop_ids=tokenizer.eos_ids,
         num_generations=args.num_generations,
         on_token=stream,
+        **args.options(),
     )
     if stream is not None:
         print()

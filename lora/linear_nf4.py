@@ -64,9 +64,9 @@ class LinearNF4(nn.Module):
         """What .to(), .half() and their kind call: scales move to another device, and keep their dtype."""
         scales = {name: self._buffers[name] for name in self._frame.tensors() if name not in BYTES}
         super()._apply(fn, recurse)
+        device = self.get_parameter("packed").device
         for name, before in scales.items():
             assert before is not None
-            device = self.quantized.packed.device
             self._buffers[name] = shared_map(before, device) if name in MAPS else before.to(device)
         return self
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_state, lora_layers
 from .attach import add_adapter, is_target, linear_layers
-from .config import LoRAConfig
+from .config import ALL_LINEAR, LoRAConfig
 from .files import written_aside
 from .linear import LoRALinear, base_weight
 
@@ -109,7 +109,7 @@ def _exactly(config: LoRAConfig, pairs: dict[str, tuple[Tensor, Tensor]]) -> LoR
 
 def _to_peft(config: LoRAConfig, paths: list[str], base_model_name: str | None) -> dict[str, Any]:
     target_modules = config.target_modules
-    if target_modules == "all-linear":
+    if target_modules == ALL_LINEAR:
         target_modules = sorted({path.rsplit(".", 1)[-1] for path in paths})
     return {
         "peft_type": "LORA",
@@ -152,7 +152,7 @@ def _from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
             r=fields["r"],
             alpha=fields["lora_alpha"],
             dropout=fields.get("lora_dropout") or 0.0,
-            target_modules=fields.get("target_modules") or "all-linear",
+            target_modules=fields.get("target_modules") or ALL_LINEAR,
             exclude_modules=fields.get("exclude_modules") or (),
             bias=fields.get("bias", "none"),
             use_rslora=bool(fields.get("use_rslora")),

@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, with the line, when there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # nested too deep, for one
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 import kernels
 from lora import LinearNF4
 from lora.attach import HEAD, replace_module
-from quant import BLOCKSIZES, QuantizedTensor, dynamic_map
-from quant.double_quant import quantize_absmax
-from quant.tensor import shared_map
+from quant import BLOCKSIZES, QuantizedTensor
+from quant.blockwise import double_quantize
 
 from .config import DecoderConfig
 from .decoder import Decoder
@@ -207,16 +206,5 @@ def _read_quantized(
         q = kernels.quantize(rows, quant_type=quant_type, blocksize=blocksize, double_quant=False)
         packed[start * K // 2 :][: q.packed.numel()] = q.packed
         absmax[start * K // blocksize :][: q.n_blocks] = q.scales()
-    whole = replace(q, packed=packed, absmax=absmax, shape=(N, K), code=shared_map(q.code, device))
-    if not double_quant:
-        return whole
-    absmax_code = shared_map(dynamic_map(signed=True), device)
-    absmax_8bit, absmax2, absmax_offset = quantize_absmax(absmax, absmax_code)
-    return replace(
-        whole,
-        absmax=None,
-        absmax_8bit=absmax_8bit,
-        absmax_code=absmax_code,
-        absmax2=absmax2,
-        absmax_offset=absmax_offset,
-    )
+    whole = replace(q, packed=packed, absmax=absmax, shape=(N, K))
+    return double_quantize(whole) if double_quant else whole

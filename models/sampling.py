@@ -3,7 +3,7 @@
     p       = softmax(logits / temperature)
     top-k   keeps the k most probable tokens
     top-p   keeps the fewest tokens, most probable first, whose p (renormalised after top-k) reach top_p
-            (nucleus sampling, arXiv 1904.09751, §3.1)
+            (nucleus sampling, arXiv 1904.09751)
     sample  argmax_v p_v / E_v over the kept tokens,  E_v ~ Exp(1) independent
 
 The last line draws token v with probability p_v / Σ kept p (exponential race: the first of independent clocks with

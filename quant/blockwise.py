@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .codebook import codebook, dynamic_map
 from .double_quant import BLOCKSIZE2, quantize_absmax
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, shared_map
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CHUNK = 1 << 22  # weights quantized at a time: bounds the temporaries to tens of megabytes
@@ -42,7 +42,7 @@ def quantize(
         raise ValueError(f"quantize needs at least one weight, got shape {tuple(weight.shape)}")
 
     flat = weight.detach().reshape(-1)
-    code = code.to(flat.device)
+    code = shared_map(code, flat.device)
     indices = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), CHUNK):
@@ -60,12 +60,12 @@ def quantize(
         dtype=weight.dtype,
         quant_type=quant_type,
     )
-    return _double_quantize(q) if double_quant else q
+    return double_quantize(q) if double_quant else q
 
 
-def _double_quantize(q: QuantizedTensor) -> QuantizedTensor:
-    """The same weight with its absmax quantized in turn."""
-    absmax_code = dynamic_map(signed=True).to(q.device)
+def double_quantize(q: QuantizedTensor) -> QuantizedTensor:
+    """The same weight with its absmax quantized in turn. q holds plain absmax."""
+    absmax_code = shared_map(dynamic_map(signed=True), q.device)
     absmax_8bit, absmax2, absmax_offset = quantize_absmax(q.scales(), absmax_code)
     return replace(
         q,

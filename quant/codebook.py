@@ -15,7 +15,7 @@ Done otherwise than the paper's eq. (4), which averages neighbouring quantiles: 
 files must agree to the bit. So must two roundings of its generator: 1-δ is kept to 7 decimals (0.9677083 for k = 4)
 and the linspace is fp32.
 
-The 8-bit dynamic map (Dettmers, arXiv 2110.02861, §2.1; 1511.04561) has a sign, a unary exponent and a linear
+The 8-bit dynamic map (Dettmers, arXiv 2110.02861; 1511.04561) has a sign, a unary exponent and a linear
 fraction, so that it covers seven decades; it stores the scales in double quantization, and Adam's state.
 """
 

@@ -109,7 +109,12 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[1]", "expected a JSON object, found list"), ("\xff", "not valid JSON")],
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ("\xff", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
 )
 def test_a_file_that_is_no_json_object(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"

@@ -149,6 +149,7 @@ def test_the_import_check_sees_a_planted_import(line: str) -> None:
     assert not forbidden_imports("kernels", "from quant import quantize\nfrom . import lora\nimport kernels.matmul")
 
 
+# planted in text, never run: without them a check that finds nothing could not be told from one that works
 @pytest.mark.parametrize(
     "line", ["import pickle", "torch.load('x')", "from torch import load", "f = torch.save", "from pickle import loads"]
 )

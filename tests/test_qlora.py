@@ -104,7 +104,7 @@ def test_train_then_generate_probe_and_inspect(capsys, monkeypatch, made, tmp_pa
     flags = {"samples": 0, "r": 2, "method": "lora"}
     assert qlora.main([str(word) for word in sft(made, tmp_path, **flags)]) == 0
     adapter = str(tmp_path / "run" / "adapter")
-    assert "results" in capsys.readouterr().out or Path(adapter).is_dir()
+    assert "1 steps in" in capsys.readouterr().out
     model = ["--model", str(made / "base")]
     assert qlora.main(["generate", "hi", *model, "--adapter", adapter, "--max-new-tokens", "4"]) == 0
     assert (

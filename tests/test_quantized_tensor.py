@@ -109,3 +109,8 @@ def test_to_another_device_moves_every_tensor_and_shares_the_maps(double_quant: 
 def test_to_the_same_device_changes_no_bit() -> None:
     q = quantize(torch.randn(1000))
     assert same_bits(q.to("cpu"), q)
+
+
+def test_double_quantized_layers_share_the_8_bit_map() -> None:
+    first, second = (quantize(torch.randn(4, 64)) for _ in range(2))
+    assert first.absmax_code is second.absmax_code

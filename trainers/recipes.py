@@ -2,7 +2,7 @@
 
 | knob | full | LoRA, QLoRA | source |
 |---|---|---|---|
-| learning rate | 2e-5 | 2e-4 | TRL's SFT default; QLoRA (arXiv 2305.14314, table 9) for 7B and 13B, Unsloth's guide |
+| learning rate | 2e-5 | 2e-4 | TRL's SFT default; QLoRA (arXiv 2305.14314) for 7B and 13B, Unsloth's guide |
 | r, alpha, targets | - | 16, 16, all linear layers | Unsloth's guide; QLoRA fig. 2 for the targets |
 | dropout | - | 0 | Unsloth's guide (QLoRA used 0.1 up to 13B) |
 | schedule, warm-up | cosine, 5% | cosine, 5% | Unsloth's guide (QLoRA: constant, 3%) |
