@@ -11,29 +11,29 @@ m is 1 on the answers and their end token, 0 on prompts and padding. The three m
     qlora sft --model smollm2-135m --data rows.jsonl --method qlora --out runs/first
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batch import Batch, collate, step_rows
-from data.encode import Encoded, EncodedDataset, encode_dataset, encode_prompt
-from data.schema import Schema, detect, to_messages
+from data.encode import Encoded, EncodedDataset, encode_dataset
+from data.schema import Schema, detect
 from data.sources import read_rows
-from lora import LoRAConfig, add_adapter, count_parameters, save_adapter, trainable_parameters
-from models import Decoder, Tokenizer, generate, load_model, load_tokenizer, save_model
-from optim import SCHEDULES, decay_groups, learning_rate
+from lora import add_adapter, count_parameters, trainable_parameters
+from models import Decoder, Tokenizer, load_model, load_tokenizer
+from optim import decay_groups, learning_rate
 
 from . import run_folder, world
 from .checkpoint import all_checkpoints, load_checkpoint, save_checkpoint
 from .logprobs import per_token_nll
 from .loop import evaluate, split, train_step
-from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes, plot_loss, read_metrics
-from .recipes import METHODS, default_learning_rate
+from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes
+from .results import write_results
+from .sft_config import SFTConfig
 
 
 def sft_loss(nll: Tensor, completion_mask: Tensor, num_items: int | None = None) -> Tensor:
@@ -44,107 +44,6 @@ def sft_loss(nll: Tensor, completion_mask: Tensor, num_items: int | None = None)
     """
     mask = completion_mask[:, 1:]
     return (nll * mask).sum() / max(1, num_items if num_items is not None else int(mask.sum()))
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning: full, LoRA or QLoRA."""
-
-    data: str
-    """Training rows: FILE.jsonl, .json or .csv, or FOLDER:SPLIT; Alpaca, prompt/completion or messages."""
-    out: str
-    """The run's folder, for example runs/first. It must not hold a run, unless --resume."""
-    model: str = "smollm2-135m"
-    """Base model: built-in name, Hugging Face folder, .gguf file, or hub id."""
-    method: Literal["full", "lora", "qlora"] = "qlora"
-    """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
-    eval_data: str | None = None
-    """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
-
-    r: int = 16
-    """LoRA rank."""
-    alpha: float = 16.0
-    """LoRA α: the update is scaled by alpha / r."""
-    dropout: float = 0.0
-    """LoRA dropout."""
-    target_modules: str = "all-linear"
-    """all-linear, names with commas between (q_proj,v_proj), or a regex of the full path."""
-    use_rslora: bool = False
-    """Scale by alpha / √r."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code book (qlora)."""
-    blocksize: int = 64
-    """Weights that share one scale (qlora)."""
-    double_quant: bool = True
-    """Quantize the scales too (qlora)."""
-
-    max_steps: int | None = None
-    """Optimizer steps; by default what --epochs makes."""
-    epochs: float = 1.0
-    """Passes over the training rows."""
-    batch_size: int = 4
-    """Rows in one forward, on each process."""
-    accumulation: int = 4
-    """Forwards in one update: batch_size · accumulation rows on each process."""
-    learning_rate: float | None = None
-    """Peak rate; by default 2e-4 for lora and qlora, 2e-5 for full (trainers/recipes.py)."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After warm-up: stay, or fall to zero."""
-    warmup_ratio: float = 0.05
-    """Share of the steps in which the rate rises."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled decay, on matrices only."""
-    max_grad_norm: float = 1.0
-    """Clip the gradient's norm; 0 turns it off. The norm is logged as it was before clipping."""
-    max_seq_length: int = 1024
-    """Longer rows lose their end, and are counted."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Frozen weights and activations. What is trained stays fp32."""
-    gradient_checkpointing: bool = False
-    """Keep one activation a layer and compute the rest again in backward: less memory, a third more time."""
-    seed: int = 42
-    """Order of the rows, start of A, dropout."""
-    threads: int | None = None
-    """CPU threads; by default torch's choice. Bits are the same only for the same number."""
-
-    eval_every: int = 0
-    """Steps between evaluations; 0 evaluates only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves none."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept."""
-    samples: int = 4
-    """Held-out rows answered at the end, into samples.jsonl."""
-    resume: bool = False
-    """Go on from the last checkpoint in --out, to the same bits as if nothing had happened."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "max_seq_length", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "save_every", "samples", "weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative, got {getattr(self, name)}")
-        _require(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, got {self.max_steps}")
-        _require(self.epochs > 0, f"--epochs must be above 0, got {self.epochs}")
-        rate = self.learning_rate
-        _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
-        _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
-        _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-
-    @property
-    def peak_rate(self) -> float:
-        return self.learning_rate if self.learning_rate is not None else default_learning_rate(self.method)
-
-    def lora(self) -> LoRAConfig:
-        """The adapter that these flags describe. Raises ValueError for values that make none."""
-        names = self.target_modules.split(",")
-        return LoRAConfig(
-            r=self.r,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=names if len(names) > 1 or self.target_modules.isidentifier() else self.target_modules,
-            use_rslora=self.use_rslora,
-        )
 
 
 @dataclass(frozen=True)
@@ -231,7 +130,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
         config.out, total_steps, loss, eval_loss, speed.seconds, speed.tokens_per_second, peak_memory_bytes()
     )
     if world.is_main():
-        _write_results(config, model, tokenizer, metrics.path, eval_rows, eval_schema, progress)
+        write_results(config, model, tokenizer, metrics.path, eval_rows, eval_schema, progress)
     return Trained(model, tokenizer, result)
 
 
@@ -303,52 +202,3 @@ def _encode_eval(
         return None
     path = config.eval_data or ""
     return encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=path)
-
-
-def _write_results(
-    config: SFTConfig,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    metrics: Path,
-    eval_rows: list[dict[str, Any]],
-    eval_schema: Schema | None,
-    progress: ProgressLine,
-) -> None:
-    out = Path(config.out)
-    if config.method == "full":
-        save_model(model, out / "model", tokenizer=tokenizer)
-        progress.say(f"saved {out / 'model'}")
-    else:
-        save_adapter(model, out / "adapter", base_model_name=config.model)
-        progress.say(f"saved {out / 'adapter'}")
-    if not plot_loss(read_metrics(metrics), out / "plots" / "loss.png"):
-        progress.say("no loss curve was drawn: matplotlib is not installed (the extra `plot` has it)")
-    if eval_schema is not None and config.samples:
-        _write_samples(out / "samples.jsonl", model, tokenizer, eval_rows[: config.samples], eval_schema)
-
-
-def _write_samples(
-    path: Path, model: Decoder, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema
-) -> None:
-    """Answers to a few held-out prompts, greedy, beside the answers wanted."""
-    conversations = [to_messages(row, schema, f"row {i + 1}") for i, row in enumerate(rows)]
-    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
-    model.eval()
-    completions = generate(model, prompts, max_new_tokens=128, stop_ids=tokenizer.eos_ids)
-    lines = []
-    for messages, completion in zip(conversations, completions, strict=True):
-        answer = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        sample = {"prompt": messages[:-1], "completion": answer, "wanted": messages[-1]["content"]}
-        lines.append(json.dumps(sample, ensure_ascii=False))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

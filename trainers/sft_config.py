@@ -1,0 +1,120 @@
+"""The flags of `qlora sft`, and the rules that they must keep."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lora import LoRAConfig
+from optim import SCHEDULES
+
+from .recipes import METHODS, default_learning_rate
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: full, LoRA or QLoRA."""
+
+    data: str
+    """Training rows: FILE.jsonl, .json or .csv, or FOLDER:SPLIT; Alpaca, prompt/completion or messages."""
+    out: str
+    """The run's folder, for example runs/first. It must not hold a run, unless --resume."""
+    model: str = "smollm2-135m"
+    """Base model: built-in name, Hugging Face folder, .gguf file, or hub id."""
+    method: Literal["full", "lora", "qlora"] = "qlora"
+    """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
+    eval_data: str | None = None
+    """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
+
+    r: int = 16
+    """LoRA rank."""
+    alpha: float = 16.0
+    """LoRA α: the update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """LoRA dropout."""
+    target_modules: str = "all-linear"
+    """all-linear, names with commas between (q_proj,v_proj), or a regex of the full path."""
+    use_rslora: bool = False
+    """Scale by alpha / √r."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book (qlora)."""
+    blocksize: int = 64
+    """Weights that share one scale (qlora)."""
+    double_quant: bool = True
+    """Quantize the scales too (qlora)."""
+
+    max_steps: int | None = None
+    """Optimizer steps; by default what --epochs makes."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    batch_size: int = 4
+    """Rows in one forward, on each process."""
+    accumulation: int = 4
+    """Forwards in one update: batch_size · accumulation rows on each process."""
+    learning_rate: float | None = None
+    """Peak rate; by default 2e-4 for lora and qlora, 2e-5 for full (trainers/recipes.py)."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """After warm-up: stay, or fall to zero."""
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the rate rises."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm; 0 turns it off. The norm is logged as it was before clipping."""
+    max_seq_length: int = 1024
+    """Longer rows lose their end, and are counted."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Frozen weights and activations. What is trained stays fp32."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and compute the rest again in backward: less memory, a third more time."""
+    seed: int = 42
+    """Order of the rows, start of A, dropout."""
+    threads: int | None = None
+    """CPU threads; by default torch's choice. Bits are the same only for the same number."""
+
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves none."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    samples: int = 4
+    """Held-out rows answered at the end, into samples.jsonl."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, to the same bits as if nothing had happened."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "max_seq_length", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "save_every", "samples", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative, got {getattr(self, name)}")
+        _require(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, got {self.max_steps}")
+        _require(self.epochs > 0, f"--epochs must be above 0, got {self.epochs}")
+        rate = self.learning_rate
+        _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
+        _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
+        _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    @property
+    def peak_rate(self) -> float:
+        return self.learning_rate if self.learning_rate is not None else default_learning_rate(self.method)
+
+    def lora(self) -> LoRAConfig:
+        """The adapter that these flags describe. Raises ValueError for values that make none."""
+        names = self.target_modules.split(",")
+        return LoRAConfig(
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=names if len(names) > 1 or self.target_modules.isidentifier() else self.target_modules,
+            use_rslora=self.use_rslora,
+        )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
