@@ -5,26 +5,31 @@
                ω_i = theta^(-2i / Dh)                              (RoFormer, arXiv 2104.09864, §3.4.2)
     attention  softmax(q · kᵀ / √Dh + mask) · v                    (Vaswani et al., arXiv 1706.03762, eq. 1)
 
-    B batch, T new tokens, S tokens attended to, H heads, Kv key-value heads, Dh head_dim
+    B batch, T new tokens, S tokens attended to, H heads, Kv key-value heads, Dh head_dim, W window
 
 The pairs that turn together are (i, i + Dh/2), as in Hugging Face's checkpoints; the paper's are (2i, 2i + 1), and
 files that store them so are permuted when read.
 
-A token attends to the tokens of its own document (an equal, non-zero segment id) at positions up to its own.
+A token attends to the tokens of its own document (an equal, non-zero segment id) at positions up to its own; in a
+layer with a sliding window (Mistral 7B, arXiv 2310.06825) only to the last W of them, its own position included.
 `attention_reference` says so with a mask of T·S booleans. The fast path holds none: causal attention over a row needs
 no mask when the row is one document with padding on its right, since no token looks right; rows that hold several
-documents take one call a document (a masked call was measured 9 to 13 times slower). What padding attends to is
-never used, and left unspecified.
+documents take one call a document (a masked call was measured 9 to 13 times slower). A document longer than W is cut
+into chunks of at least W tokens: a chunk attends to itself and to the chunk before it through one mask that all chunks
+and layers share, so that no T·T of anything exists. What padding attends to is never used, and left unspecified.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .config import DecoderConfig
+from .rope_config import yarn_scale
 
+SMALLEST_CHUNK = 64
 Runs = list[tuple[int, int, int]]
 """(row, start, stop) of every document, in order."""
 
@@ -38,7 +43,15 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
         return frequencies / rope.factor
     if rope.rope_type == "llama3":
         return frequencies / llama3_factors(config)
+    if rope.rope_type == "yarn":
+        ramp = yarn_ramp(config)
+        return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
     return frequencies
+
+
+def rope_scale(config: DecoderConfig) -> float:
+    """What cos and sin are multiplied by: with yarn, q and k grow with the context (arXiv 2309.00071)."""
+    return yarn_scale(config.rope) if config.rope.rope_type == "yarn" else 1.0
 
 
 def llama3_factors(config: DecoderConfig) -> Tensor:
@@ -55,10 +68,29 @@ def llama3_factors(config: DecoderConfig) -> Tensor:
     return 1 / ((1 - s) / rope.factor + s)
 
 
-def rope_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of p·ω for position_ids (B, T): each fp32 (B, T, 1, Dh/2)."""
+def yarn_ramp(config: DecoderConfig) -> Tensor:
+    """How far YaRN stretches each frequency: 0 not at all (it turns often), 1 by the whole factor. fp32 (Dh/2,).
+
+    ramp_i = clamp((i - i_fast) / (i_slow - i_fast), 0, 1)
+    where pair i_β turns β times within L = original_max_position_embeddings:  i_β = Dh · ln(L / 2πβ) / (2 · ln theta).
+    The ramp is linear in i, as in the code that is in use, and its ends are rounded outwards with `truncate`.
+    """
+    rope, Dh = config.rope, config.head_dim
+    fast, slow = (
+        Dh * math.log(rope.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, Dh - 1)
+    width = slow - fast or 0.001  # a step, where the two ends meet
+    return ((torch.arange(Dh // 2, dtype=torch.float32, device="cpu") - fast) / width).clamp(0, 1)
+
+
+def rope_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale · cos and scale · sin of p·ω for position_ids (B, T): each fp32 (B, T, 1, Dh/2)."""
     angles = position_ids[:, :, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,10 +99,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def allowed_pairs(query_positions: Tensor, query_segments: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+def allowed_pairs(
+    query_positions: Tensor, query_segments: Tensor, positions: Tensor, segments: Tensor, *, window: int | None = None
+) -> Tensor:
     """Who may attend to whom: query_* (B, T) and the attended positions, segments (B, S) → bool (B, T, S)."""
     same_document = (query_segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    return same_document & (positions[:, None, :] <= query_positions[:, :, None])
+    distance = query_positions[:, :, None] - positions[:, None, :]
+    allowed = same_document & (distance >= 0)
+    return allowed if window is None else allowed & (distance < window)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -109,27 +145,58 @@ def document_runs(segment_ids: Tensor) -> Runs | None:
     return None if plain else runs
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None) -> Tensor:
-    """Each token attends to its document so far. q (B, T, H, Dh), k and v (B, T, Kv, Dh) → (B, T, H, Dh).
+class Band(NamedTuple):
+    """A sliding window of W tokens, and the mask of a chunk of C ≥ W of them."""
+
+    window: int
+    mask: Tensor
+    """(C, 2·C): what to add to the scores of a chunk over the chunk before it and itself"""
+
+
+def band(window: int, *, chunk: int | None = None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Band:
+    """The Band of a window, in chunks of max(window, SMALLEST_CHUNK) tokens unless `chunk` says another number ≥ W."""
+    chunk = max(window, SMALLEST_CHUNK) if chunk is None else chunk
+    distance = torch.arange(chunk, device=device)[:, None] + chunk - torch.arange(2 * chunk, device=device)
+    hidden = (distance < 0) | (distance >= window)
+    return Band(window, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, window: Band | None = None) -> Tensor:
+    """Tokens attending to one another. q (B, T, H, Dh), k and v (B, T, Kv, Dh) → (B, T, H, Dh).
 
     runs is what document_runs returned; with runs, padding gets zeros.
     """
     if runs is None:
-        return _causal(q, k, v)
+        return _causal(q, k, v, window)
     B, T = q.shape[:2]
     pieces, done = [], 0
     for row, start, stop in runs:
         here = slice(start, stop)
         pieces.append(q.new_zeros(row * T + start - done, *q.shape[2:]))  # padding since the last document
-        pieces.append(_causal(q[row : row + 1, here], k[row : row + 1, here], v[row : row + 1, here])[0])
+        pieces.append(_causal(q[row : row + 1, here], k[row : row + 1, here], v[row : row + 1, here], window)[0])
         done = row * T + stop
     pieces.append(q.new_zeros(B * T - done, *q.shape[2:]))
     return torch.cat(pieces).view(q.shape)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
+    """One document a row, in order."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    if window is None or q.shape[2] <= window.window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return _banded(q, k, v, window.mask).transpose(1, 2)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q (B, H, T, Dh), k and v (B, Kv, T, Dh), mask as in Band → (B, H, T, Dh), a chunk of queries at a time."""
+    C, outputs = mask.shape[0], []
+    q_chunks, k_chunks, v_chunks = (x.split(C, dim=2) for x in (q, k, v))
+    for i, queries in enumerate(q_chunks):
+        keys, values = (torch.cat(chunks[max(i - 1, 0) : i + 1], dim=2) for chunks in (k_chunks, v_chunks))
+        T, first = queries.shape[2], 0 if i else C  # the first chunk has none before it
+        here = mask[:T, first : C + T]
+        outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=here, enable_gqa=True))
+    return torch.cat(outputs, dim=2)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoder: the Llama architecture (arXiv 2302.13971), under the names of Hugging Face's checkpoints.
+"""Decoder: the Llama architecture (arXiv 2302.13971) and its kin, under the names of Hugging Face's checkpoints.
 
     x  = embed_tokens[ids]
     x  = x + o_proj(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h)))       h = RMSNorm(x), in every layer
@@ -7,13 +7,16 @@
 
     RMSNorm(x) = x / √(mean(x²) + ε) ⊙ g                                          (arXiv 1910.07467, eq. 4)
 
+What the families do otherwise (families.py) is four settings of a layer: biases; q and k under an RMSNorm of each head
+before rope; a sliding window; no rope.
+
     B batch, T tokens, D hidden_size, V vocabulary, H heads, Kv key-value heads, Dh head_dim
 
 Precision is explicit, there is no autocast. Activations are in `compute_dtype`; a dense weight of another dtype is
 cast where it is used, so that fp32 master weights run in bf16 by setting compute_dtype alone. Norms and rotary angles
 are computed in fp32, and logits come back in fp32.
 
-Left out: dropout (Llama has none), and every other family.
+Left out: dropout (these models have none), and every other family.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +33,15 @@ from lora import LoRALinear, captured_adapters
 from lora.linear import base_weight
 
 from .attention import (
+    Band,
     Runs,
     apply_rope,
+    band,
     cached_attention,
     causal_attention,
     document_runs,
     rope_frequencies,
+    rope_scale,
     rope_tables,
 )
 from .config import DecoderConfig
@@ -49,11 +55,11 @@ class Shared(NamedTuple):
     sin: Tensor
     runs: Runs | None
     """the documents, where rows hold several"""
+    bands: dict[int | None, Band]
+    """by window, for the windows that are shorter than the text"""
     cache: KVCache | None = None
-    only_new: bool = True
-    """the new tokens attend to one another alone: no cache, or one that was empty"""
-    mask: Tensor | None = None
-    """over the cache, where something in it is hidden from some query"""
+    masks: dict[int | None, Tensor | None] | None = None
+    """by window, over the cache; None when the new tokens attend to one another alone: no cache, or an empty one"""
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -81,24 +87,33 @@ class Attention(nn.Module):
         super().__init__()
         D, Dh, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.layer, self.head_dim = layer, Dh
-        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias=bias)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias)
+        self.window, self.has_rope = config.window(layer), config.has_rope(layer)
+        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias=bias or config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias or config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=bias or config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=bias)
+        self.q_norm = RMSNorm(Dh, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(Dh, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(project(self.q_proj, x).view(heads), shared.cos, shared.sin)  # (B, T, H, Dh)
-        k = apply_rope(project(self.k_proj, x).view(heads), shared.cos, shared.sin)  # (B, T, Kv, Dh)
-        v = project(self.v_proj, x).view(heads)
+        q = self._turned(self.q_proj, self.q_norm, x, shared)  # (B, T, H, Dh)
+        k = self._turned(self.k_proj, self.k_norm, x, shared)  # (B, T, Kv, Dh)
+        v = project(self.v_proj, x).view(k.shape)
         if shared.cache is not None:
             all_k, all_v = shared.cache.write(self.layer, k, v)
-        if shared.only_new:
-            y = causal_attention(q, k, v, shared.runs)
+        if shared.masks is None:
+            y = causal_attention(q, k, v, shared.runs, shared.bands.get(self.window))
         else:
-            y = cached_attention(q, all_k, all_v, shared.mask)
+            y = cached_attention(q, all_k, all_v, shared.masks[self.window])
         return project(self.o_proj, y.reshape(*x.shape[:2], -1))
+
+    def _turned(self, layer: nn.Module, norm: nn.Module | None, x: Tensor, shared: Shared) -> Tensor:
+        """q or k: projected, cut into heads, normed and turned where the layer does so."""
+        heads = project(layer, x).view(*x.shape[:2], -1, self.head_dim)
+        if norm is not None:
+            heads = norm(heads)
+        return apply_rope(heads, shared.cos, shared.sin) if self.has_rope else heads
 
 
 class MLP(nn.Module):
@@ -139,7 +154,7 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama decoder. `gradient_checkpointing` trades one more forward of every layer for its activations."""
+    """A decoder of any family. `gradient_checkpointing` trades one more forward of every layer for its activations."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -218,23 +233,31 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, cache: KVCache | None
     ) -> Shared:
         runs = None if segment_ids is None else document_runs(segment_ids)
+        only_new = cache is None or cache.used == 0
+        bands = self._bands(input_ids.shape[1]) if only_new else {}
+        if bands and position_ids is not None:
+            _check_steps(position_ids, segment_ids)
         if cache is None:
             if position_ids is None:
                 position_ids = document_positions(input_ids, segment_ids if runs else None)
-            return Shared(*self._rope(position_ids), runs)
+            return Shared(*self._rope(position_ids), runs, bands)
         continues = position_ids is None and runs is None and (segment_ids is None or cache.used == 0)
         next_positions, next_segments = cache.next_tokens(input_ids.shape[1])
         if position_ids is None:
             position_ids = document_positions(input_ids, segment_ids) if runs else next_positions
         segments = next_segments if segment_ids is None else segment_ids
         kept = _kept(input_ids, segment_ids)
-        only_new = cache.used == 0
         cache.extend(position_ids, segments, kept, continues)
-        mask = None if only_new else cache.mask(position_ids, segments, self.compute_dtype)
-        return Shared(*self._rope(position_ids), runs, cache, only_new, mask)
+        masks = None if only_new else cache.masks(position_ids, segments, self.compute_dtype)
+        return Shared(*self._rope(position_ids), runs, bands, cache, masks)
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rope_tables(position_ids, self._frequencies.to(position_ids.device))
+        return rope_tables(position_ids, self._frequencies.to(position_ids.device), rope_scale(self.config))
+
+    def _bands(self, T: int) -> dict[int | None, Band]:
+        """For the windows shorter than a text of T tokens."""
+        windows = {window for window in self.config.windows if window is not None and window < T}
+        return {window: band(window, dtype=self.compute_dtype, device=self.device) for window in windows}
 
     def _captured(self) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         """For checkpoint: backward recomputes with the backend and the adapters of the forward."""
@@ -258,6 +281,19 @@ def document_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def _check_steps(position_ids: Tensor, segment_ids: Tensor | None) -> None:
+    """Raises ValueError where positions jump inside a document: there a window would not be a stretch of the row."""
+    jumps = position_ids.diff(dim=1) != 1
+    if segment_ids is not None:
+        jumps = jumps & (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    if jumps.any():
+        row, column = jumps.nonzero()[0].tolist()
+        raise ValueError(
+            "with a sliding window, position_ids must go up by one within a document, "
+            f"got {position_ids[row, column + 1].item()} at row {row}, column {column + 1}"
+        )
 
 
 def _kept(input_ids: Tensor, segment_ids: Tensor | None) -> list[int]:

@@ -4,10 +4,13 @@ Each entry keeps its position and its document beside its key and value. What a 
 those two (`attention.allowed_pairs`), never from where an entry happens to lie, so that rows of unequal length,
 prompts shared by several generations and rows that leave need no rule of their own.
 
+The n-th token of a row lies in slot n mod size: a ring. Layers with a sliding window of W tokens have W slots, since
+the W-th last token has been seen for the last time when the next one comes; their memory does not grow with the text.
+The other layers have a slot for every token up to the capacity, and never come around.
+
     B rows, S entries a row, Kv key-value heads, Dh head_dim, T new tokens
 
-Rows fill from the left, each to its own length: right padding is not kept, its place is written over by the next
-token. Left out: a ring for sliding windows, and entries shared between rows (`repeat` copies).
+Rows fill each to its own length: right padding is not kept. Left out: entries shared between rows (`repeat` copies).
 """
 
 import torch
@@ -17,8 +20,72 @@ from .attention import allowed_pairs
 from .config import DecoderConfig
 
 
+class Ring:
+    """Where the entries of the layers of one window lie, and their positions and documents."""
+
+    def __init__(self, window: int | None, size: int, batch_size: int, device: torch.device | str) -> None:
+        self.window, self.size = window, size
+        self.positions = torch.zeros(batch_size, size, dtype=torch.int64, device=device)
+        self.segments = torch.zeros(batch_size, size, dtype=torch.int64, device=device)
+        self.filled = 0
+        """slots that some row uses"""
+        self.old: slice | None = None
+        """what the new tokens attend to beside themselves, where writing them first would lose some of it"""
+        self.attended = (self.positions, self.segments)
+        self._slots: slice | tuple[Tensor, Tensor, Tensor] = slice(0)
+
+    def extend(self, position_ids: Tensor, segment_ids: Tensor, lengths: list[int], new_lengths: list[int]) -> None:
+        """Room for T tokens after rows of these lengths, of which row b keeps the first new_lengths[b]."""
+        T, longest = position_ids.shape[1], max(lengths)
+        fits = longest + T <= self.size
+        self.old = None if fits or T == 1 or longest == 0 else slice(self.filled)
+        if self.old is not None:
+            before = (self.positions[:, self.old], self.segments[:, self.old])
+            self.attended = (torch.cat([before[0], position_ids], 1), torch.cat([before[1], segment_ids], 1))
+        self._slots = self._places(T, lengths, new_lengths)
+        self._put(self.positions, position_ids)
+        self._put(self.segments, segment_ids)
+        self.filled = min(longest + T, self.size)
+        if self.old is None:
+            self.attended = (self.positions[:, : self.filled], self.segments[:, : self.filled])
+
+    def _places(self, T: int, lengths: list[int], new_lengths: list[int]) -> slice | tuple[Tensor, Tensor, Tensor]:
+        """One stretch of slots where all rows agree, else (row, column, slot) of every token that is kept."""
+        first = lengths[0] % self.size
+        if min(lengths) == max(lengths) and (T == 1 or lengths[0] + T <= self.size):
+            return slice(first, first + T)
+        old, new = torch.tensor(lengths)[:, None], torch.tensor(new_lengths)[:, None]
+        column = torch.arange(T)
+        rows, columns = ((column < new) & (column >= new - self.size)).nonzero(as_tuple=True)
+        slots = (old[rows, 0] + columns) % self.size
+        return rows.to(self.positions.device), columns.to(self.positions.device), slots.to(self.positions.device)
+
+    def _put(self, stored: Tensor, new: Tensor) -> None:
+        """stored (B, size), new (B, T)."""
+        if isinstance(self._slots, slice):
+            stored[:, self._slots] = new
+        else:
+            rows, columns, slots = self._slots
+            stored[rows, slots] = new[rows, columns]
+
+    def put(self, stored: Tensor, new: Tensor) -> Tensor:
+        """stored (B, Kv, size, Dh), new (B, T, Kv, Dh); returns what the new tokens attend to, (B, Kv, S, Dh)."""
+        attended = None
+        if self.old is not None:
+            attended = torch.cat([stored[:, :, self.old], new.transpose(1, 2)], dim=2)
+        if isinstance(self._slots, slice):
+            stored[:, :, self._slots] = new.transpose(1, 2)
+        else:
+            rows, columns, slots = self._slots
+            stored[rows, :, slots] = new[rows, columns]
+        return stored[:, :, : self.filled] if attended is None else attended
+
+
 class KVCache:
-    """Room for `capacity` tokens a row. `lengths` says how many each row holds."""
+    """Room for `capacity` tokens a row. `lengths` says how many each row has seen.
+
+    When every layer has a window of at most `capacity`, there is room for any number.
+    """
 
     def __init__(
         self,
@@ -29,32 +96,41 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        # zeros, since a masked entry still meets its value in 0 · v, and what lies in empty memory may be NaN
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.positions = torch.zeros(batch_size, capacity, dtype=torch.int64, device=device)
-        self.segments = torch.zeros(batch_size, capacity, dtype=torch.int64, device=device)
         self.capacity = capacity
+        self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+        self.rings = {
+            window: Ring(window, min(window or capacity, capacity), batch_size, device)
+            for window in dict.fromkeys(self.windows)
+        }
+        shapes = [
+            (batch_size, config.num_key_value_heads, self.rings[window].size, config.head_dim)
+            for window in self.windows
+        ]
+        # zeros, since a masked entry still meets its value in 0 · v, and what lies in empty memory may be NaN
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.lengths = [0] * batch_size
         self.one_document = True
         """Every row is one document at positions 0, 1, 2, …: then entries of a full row need no mask."""
-        self._rows = torch.zeros(0)
-        self._slots: Tensor | slice = slice(0)
 
     @property
     def used(self) -> int:
-        """Entries of the longest row."""
+        """Tokens that the longest row has seen."""
         return max(self.lengths, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values."""
+        return sum(stored.nbytes for stored in (*self.keys, *self.values))
 
     def next_tokens(self, T: int) -> tuple[Tensor, Tensor]:
         """position_ids and segment_ids of T more tokens of every row's last document: int64 (B, T) each."""
-        device = self.positions.device
+        ring = next(iter(self.rings.values()))
+        device = ring.positions.device
         lengths = torch.tensor(self.lengths, device=device)[:, None]
-        last = (lengths - 1).clamp(min=0)
-        positions = torch.where(lengths > 0, self.positions.gather(1, last) + 1, 0)
-        segments = torch.where(lengths > 0, self.segments.gather(1, last), 1)
+        last = (lengths - 1).clamp(min=0) % ring.size
+        positions = torch.where(lengths > 0, ring.positions.gather(1, last) + 1, 0)
+        segments = torch.where(lengths > 0, ring.segments.gather(1, last), 1)
         return positions + torch.arange(T, device=device), segments.expand(-1, T)
 
     def extend(self, position_ids: Tensor, segment_ids: Tensor, new_lengths: list[int], one_document: bool) -> None:
@@ -64,36 +140,29 @@ class KVCache:
         document. Raises ValueError when a row would hold more than the capacity.
         """
         T = position_ids.shape[1]
-        if self.used + T > self.capacity:
+        position_ids = position_ids.expand(len(self.lengths), -1)
+        bounded = any(ring.window is None or ring.size < ring.window for ring in self.rings.values())
+        if bounded and self.used + T > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens a row, got {self.used} + {T}")
-        device = self.positions.device
-        if min(self.lengths) == self.used:
-            self._slots = slice(self.used, self.used + T)
-            self.positions[:, self._slots], self.segments[:, self._slots] = position_ids, segment_ids
-        else:
-            self._rows = torch.arange(len(self.lengths), device=device)[:, None]
-            self._slots = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
-            self.positions[self._rows, self._slots] = position_ids
-            self.segments[self._rows, self._slots] = segment_ids
+        for ring in self.rings.values():
+            ring.extend(position_ids, segment_ids, self.lengths, new_lengths)
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
         self.one_document = self.one_document and one_document
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v (B, T, Kv, Dh) of a layer; returns all of them, (B, Kv, S, Dh) with S = used."""
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(self._slots, slice):
-            keys[:, :, self._slots], values[:, :, self._slots] = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            keys[self._rows, :, self._slots], values[self._rows, :, self._slots] = k, v
-        return keys[:, :, : self.used], values[:, :, : self.used]
+        """Store the new k and v (B, T, Kv, Dh) of a layer; returns what they attend to, (B, Kv, S, Dh) each."""
+        ring = self.rings[self.windows[layer]]
+        return ring.put(self.keys[layer], k), ring.put(self.values[layer], v)
 
-    def mask(self, position_ids: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the scores of the tokens just made room for: (B, 1, T, S), or None when nothing is hidden."""
+    def masks(self, position_ids: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> dict[int | None, Tensor | None]:
+        """By window, what to add to the scores of the tokens just made room for: (B, 1, T, S), None to hide nothing."""
+        return {window: self._mask(ring, position_ids, segment_ids, dtype) for window, ring in self.rings.items()}
+
+    def _mask(self, ring: Ring, position_ids: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
         T = position_ids.shape[1]
-        if T == 1 and self.one_document and min(self.lengths) == self.used:
+        if T == 1 and self.one_document and min(self.lengths) >= ring.filled:
             return None
-        positions, segments = self.positions[:, : self.used], self.segments[:, : self.used]
-        allowed = allowed_pairs(position_ids, segment_ids, positions, segments)
+        allowed = allowed_pairs(position_ids, segment_ids, *ring.attended, window=ring.window)
         allowed |= (segment_ids == 0)[:, :, None]  # padding may see anything: a row of -inf alone would make NaN
         hidden = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
         return hidden[:, None]
@@ -107,11 +176,14 @@ class KVCache:
         """Keep these rows, in this order; a row may be named several times."""
         if rows == list(range(len(self.lengths))):
             return
-        index = torch.tensor(rows, dtype=torch.int64, device=self.positions.device)
+        ring = next(iter(self.rings.values()))
+        index = torch.tensor(rows, dtype=torch.int64, device=ring.positions.device)
         for stored in (self.keys, self.values):
             for layer, old in enumerate(stored):  # one layer at a time bounds the copy
+                filled = self.rings[self.windows[layer]].filled
                 new = torch.zeros(len(rows), *old.shape[1:], dtype=old.dtype, device=old.device)
-                new[:, :, : self.used] = old[:, :, : self.used].index_select(0, index)
+                new[:, :, :filled] = old[:, :, :filled].index_select(0, index)
                 stored[layer] = new
-        self.positions, self.segments = self.positions[index], self.segments[index]
+        for ring in self.rings.values():
+            ring.positions, ring.segments = ring.positions[index], ring.segments[index]
         self.lengths = [self.lengths[row] for row in rows]
