@@ -1,4 +1,4 @@
-"""Small random Llamas for tests: one for each setting, and the same weights as a GGUF file."""
+"""Small random decoders for tests: one for each setting and family, and a Llama's weights as a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from models import Decoder, DecoderConfig
 from models.config import RopeConfig
 
+TOLERANCE = 2e-4
+"""of the logits' largest magnitude: float32's noise over a whole model, in another order of sums"""
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -39,6 +41,44 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama3 rope": {"rope": LLAMA3, "head_dim": 16},
     "other theta and epsilon": {"rope": RopeConfig(theta=100.0), "rms_norm_eps": 1e-3},
 }
+"""Llama's settings; FAMILIES has the others'."""
+YARN = RopeConfig("yarn", 500.0, 4.0, original_max_position_embeddings=16)
+MISTRAL: dict[str, Any] = {"architecture": "MistralForCausalLM"}
+QWEN2: dict[str, Any] = {"architecture": "Qwen2ForCausalLM", "qkv_bias": True}
+QWEN3: dict[str, Any] = {"architecture": "Qwen3ForCausalLM", "qk_norm": True}
+SMOLLM3: dict[str, Any] = {"architecture": "SmolLM3ForCausalLM"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "yarn rope": {"rope": YARN, "head_dim": 16},
+    "yarn rope, all settings": {
+        "rope": RopeConfig("yarn", 300.0, 2.5, 1.0, 4.0, 20, 5.0, 0.5, False, 1.3),
+        "head_dim": 20,
+    },
+    "mistral": {**MISTRAL, "windows": (5, 5), "head_dim": 6},
+    "mistral without a window": {**MISTRAL, "head_dim": 10, "tie_word_embeddings": True},
+    "mistral, a window of one": {**MISTRAL, "windows": (1, 1), "num_key_value_heads": 6},
+    "qwen2": {**QWEN2, "tie_word_embeddings": True},
+    "qwen2, last layers windowed": {**QWEN2, "num_hidden_layers": 3, "windows": (None, 7, 7), "head_dim": 10},
+    "qwen2, other layers windowed": {**QWEN2, "num_hidden_layers": 3, "windows": (4, None, 4), "rope": YARN},
+    "qwen3": {**QWEN3, "head_dim": 10, "rms_norm_eps": 1e-3},
+    "qwen3, biases and a window": {**QWEN3, "attention_bias": True, "windows": (3, None), "tie_word_embeddings": True},
+    "smollm3": {
+        **SMOLLM3,
+        "num_hidden_layers": 4,
+        "rope_layers": (True, True, True, False),
+        "tie_word_embeddings": True,
+    },
+    "smollm3, windows and biases": {
+        **SMOLLM3,
+        "num_hidden_layers": 3,
+        "rope_layers": (False, True, True),
+        "windows": (6, None, 6),
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 6,
+        "rope": LLAMA3,
+    },
+}
+EVERY = SETTINGS | FAMILIES
 
 
 def small_config(**changes: Any) -> DecoderConfig:
@@ -130,6 +170,14 @@ def llama3_factors(config: DecoderConfig) -> np.ndarray:
             )
             factors.append(1 / ((1 - smooth) / rope.factor + smooth))
     return np.array(factors, dtype=np.float32)
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    """Logits within TOLERANCE of their scale."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == torch.float32
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale"
 
 
 def assert_same(ours: Decoder, wanted: Decoder) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from models import DecoderConfig
 from models.config import RopeConfig, read_config
-from tests.small_llama import SETTINGS, small_config
+from tests.small_llama import EVERY, small_config
 
 MINIMAL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -60,9 +60,9 @@ def test_both_spellings_of_rope(older: dict[str, Any], newer: dict[str, Any], ro
     assert DecoderConfig.from_hf(MINIMAL | newer).rope == rope
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", EVERY)
 def test_what_is_written_is_read_back(setting: str, tmp_path: Path) -> None:
-    config = small_config(bos_token_id=0, eos_token_ids=(2,), **SETTINGS[setting])
+    config = small_config(bos_token_id=0, eos_token_ids=(2,), **EVERY[setting])
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     assert read_config(tmp_path / "config.json") == config
 
@@ -75,7 +75,10 @@ def test_what_is_written_is_read_back(setting: str, tmp_path: Path) -> None:
             "architecture MixtralForCausalLM is not supported; supported: Llama",
         ),
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2' without architectures is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, 'rope type "yarn" is not supported; supported: default'),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4}},
+            'rope type "dynamic" is not supported; supported: default, linear, llama3, yarn',
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got nothing"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, r"low_freq_factor \(4.0\) must be below high_freq_factor"),
         ({"rope_scaling": "linear"}, 'rope_parameters must be an object, got "linear"'),

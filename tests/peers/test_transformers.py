@@ -1,25 +1,20 @@
-"""models/ against transformers, really run: logits and gradients of small Llamas with every setting, SmolLM2 from its
-GGUF file and from a saved folder, greedy generation, sampling filters, configs and tokenizers in both directions.
-
-The bound on logits is 2e-4 of their scale (the largest magnitude), float32's noise over a whole model.
+"""models/ against transformers, really run: SmolLM2 from its GGUF file and from a saved folder, sampling filters, and
+tokenizers in both directions. test_transformers_families.py has small models of every family.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from models import (
     Decoder,
-    DecoderConfig,
     KVCache,
     Tokenizer,
     generate,
@@ -27,13 +22,13 @@ from models import (
     load_tokenizer,
     save_model,
 )
+from models.attention import rope_scale
 from models.builtin import builtin_path
 from models.config import read_config
+from models.rope_config import RopeConfig
 from models.sampling import candidates
-from tests.small_llama import LLAMA3, SETTINGS, small_config, small_decoder, write_gguf
+from tests.small_llama import LLAMA3, YARN, assert_close, small_config, small_decoder, write_gguf
 
-TOLERANCE = 2e-4
-BOTH = list(SETTINGS)
 TEXTS = [
     "Hello, world! It's 12:45 on 2024-05-17, isn't it?",
     "Xin chào thế giới, hôm nay trời đẹp quá nhỉ",
@@ -46,150 +41,6 @@ TEXTS = [
     "\u0000\u200b\ufeff\ud7ff\U0010ffff",
     "",
 ]
-
-
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert ours.dtype == torch.float32
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error <= TOLERANCE, f"logits differ by {error:.2e} of their scale"
-
-
-def theirs_of(config: DecoderConfig) -> LlamaForCausalLM:
-    """A random transformers model of this config, norms and biases random too."""
-    model = LlamaForCausalLM(LlamaConfig(**config.to_hf())).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(0.5 + torch.rand_like(parameter) if "norm" in name else torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, LlamaForCausalLM]:
-    """One model in both libraries, through a folder that transformers wrote."""
-    torch.manual_seed(1)
-    theirs = theirs_of(small_config(**SETTINGS[request.param]))
-    folder = tmp_path_factory.mktemp("theirs")
-    theirs.save_pretrained(folder)
-    return load_model(folder), theirs
-
-
-@torch.no_grad()
-def test_logits_of_single_prompts(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    ours, theirs = pair
-    for T in (1, 2, 37, 64):
-        ids = torch.randint(0, 96, (1, T))
-        assert_close(ours(ids), theirs(ids).logits)
-
-
-@torch.no_grad()
-def test_logits_of_a_padded_batch(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    ours, theirs = pair
-    ids = torch.randint(0, 96, (3, 21))
-    real = torch.arange(21) < torch.tensor([21, 5, 13])[:, None]
-    assert_close(ours(ids, segment_ids=real.long())[real], theirs(ids, attention_mask=real.long()).logits[real])
-
-
-@torch.no_grad()
-def test_logits_of_left_padding_and_given_positions(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    ours, theirs = pair
-    ids = torch.randint(0, 96, (2, 17))
-    real = torch.arange(17) >= torch.tensor([6, 0])[:, None]
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    expected = theirs(ids, attention_mask=real.long(), position_ids=positions).logits
-    assert_close(ours(ids, segment_ids=real.long())[real], expected[real])
-    later = torch.arange(30, 47)[None]
-    assert_close(ours(ids, position_ids=later), theirs(ids, position_ids=later).logits)
-
-
-@torch.no_grad()
-def test_logits_of_cached_decoding(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    """Two rows of 4 and 9 tokens, then one token at a time, then three at once: always the logits of a full forward."""
-    ours, theirs = pair
-    lengths = [4, 9]
-    rows = [torch.randint(0, 96, (1, length + 6)) for length in lengths]
-    expected = [theirs(row).logits[0] for row in rows]
-    cache = KVCache(ours.config, 2, 16)
-    prompts = torch.stack(
-        [torch.nn.functional.pad(row[0, :n], (0, 9 - n)) for row, n in zip(rows, lengths, strict=True)]
-    )
-    real = torch.arange(9) < torch.tensor(lengths)[:, None]
-    logits = ours(prompts, segment_ids=real.long(), cache=cache)
-    assert_close(logits[real], torch.cat([e[:n] for e, n in zip(expected, lengths, strict=True)]))
-    for step, new in [(0, 1), (1, 1), (2, 1), (3, 3)]:
-        ids = torch.cat([row[:, n + step : n + step + new] for row, n in zip(rows, lengths, strict=True)])
-        wanted = torch.stack([e[n + step : n + step + new] for e, n in zip(expected, lengths, strict=True)])
-        assert_close(ours(ids, cache=cache), wanted)
-
-
-def test_gradients(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    ours, theirs = pair
-    ids = torch.randint(0, 96, (2, 23))
-    weight = torch.randn(2, 23, 96)
-    gradients = []
-    for logits, model in ((ours(ids), ours), (theirs(ids).logits, theirs)):
-        model.zero_grad()
-        (logits * weight).sum().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        error = (gradient - gradients[1][name]).norm() / gradients[1][name].norm()
-        assert error <= TOLERANCE, f"gradient of {name} differs by {error:.2e}"
-
-
-def test_greedy_generation(pair: tuple[Decoder, LlamaForCausalLM]) -> None:
-    ours, theirs = pair
-    prompt = torch.randint(0, 96, (1, 7))
-    expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, eos_token_id=None
-    )
-    assert generate(ours, prompt.tolist(), max_new_tokens=24)[0].ids == expected[0, 7:].tolist()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("setting", BOTH)
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["single", "sharded"])
-def test_a_saved_folder_loads_there(setting: str, max_shard_bytes: int, tmp_path: Path) -> None:
-    ours = small_decoder(**SETTINGS[setting])
-    save_model(ours, tmp_path / "m", max_shard_bytes=max_shard_bytes)
-    assert (tmp_path / "m" / "model.safetensors.index.json").is_file() == (max_shard_bytes == 20_000)
-    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = torch.randint(0, 96, (2, 30))
-    assert_close(ours(ids), theirs.eval()(ids).logits)
-    for name, parameter in load_model(tmp_path / "m").named_parameters():
-        assert torch.equal(parameter, ours.get_parameter(name)), name
-
-
-def test_a_bf16_folder_keeps_its_dtype_in_both(tmp_path: Path) -> None:
-    ours = small_decoder().bfloat16()
-    save_model(ours, tmp_path / "m")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
-    assert load_model(tmp_path / "m").compute_dtype == torch.bfloat16
-
-
-@torch.no_grad()
-def test_bf16_is_as_near_to_fp32_as_theirs(tmp_path: Path) -> None:
-    ours = small_decoder()
-    ids = torch.randint(0, 96, (2, 30))
-    save_model(ours, tmp_path / "m")
-    exact = ours(ids)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)(ids).logits.float()
-    low = load_model(tmp_path / "m", dtype=torch.bfloat16)(ids)
-    assert (low - exact).norm() <= 2 * (theirs - exact).norm()
-
-
-@pytest.mark.parametrize("setting", BOTH)
-def test_configs_read_and_write_alike(setting: str, tmp_path: Path) -> None:
-    config = small_config(bos_token_id=1, eos_token_ids=(2, 3), pad_token_id=4, **SETTINGS[setting])
-    written = LlamaConfig(**config.to_hf())
-    written.architectures = ["LlamaForCausalLM"]
-    written.save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" in raw
-    assert read_config(tmp_path / "config.json") == config
-    assert DecoderConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (20, 0.5), (0, 0.01), (500, 1.0)])
@@ -346,7 +197,9 @@ def test_a_gguf_file_of_ours_gives_their_logits(tmp_path: Path) -> None:
     assert torch.equal(ours(ids), model(ids))
 
 
-def test_llama3_frequencies_equal_theirs() -> None:
-    config = small_config(rope=LLAMA3, head_dim=64)
-    theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf())).model.rotary_emb.inv_freq
-    assert torch.allclose(Decoder(config)._frequencies, theirs, rtol=1e-6)
+@pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
+def test_rope_frequencies_equal_theirs(rope: RopeConfig) -> None:
+    config = small_config(rope=rope, head_dim=64)
+    theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf())).model.rotary_emb
+    assert torch.allclose(Decoder(config)._frequencies, theirs.inv_freq, rtol=1e-6)
+    assert rope_scale(config) == pytest.approx(theirs.attention_scaling, rel=1e-12)
