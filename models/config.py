@@ -134,6 +134,8 @@ class DecoderConfig:
         for name in ("windows", "rope_layers"):
             if len(getattr(self, name)) not in (0, self.num_hidden_layers):
                 raise ValueError(f"{where}: {name} must have one entry for each of the {self.num_hidden_layers} layers")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"{where}: windows must be positive, got {min(w for w in self.windows if w is not None)}")
         if wrong := self._other_family():
             raise ValueError(f"{where}: a {self.architecture} cannot have {wrong}={getattr(self, wrong)}")
 

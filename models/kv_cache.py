@@ -52,7 +52,7 @@ class Ring:
     def _places(self, T: int, lengths: list[int], new_lengths: list[int]) -> slice | tuple[Tensor, Tensor, Tensor]:
         """One stretch of slots where all rows agree, else (row, column, slot) of every token that is kept."""
         first = lengths[0] % self.size
-        if min(lengths) == max(lengths) and (T == 1 or lengths[0] + T <= self.size):
+        if min(lengths) == max(lengths) and (lengths[0] + T <= self.size or T == min(new_lengths) == 1):
             return slice(first, first + T)
         old, new = torch.tensor(lengths)[:, None], torch.tensor(new_lengths)[:, None]
         column = torch.arange(T)
