@@ -116,6 +116,8 @@ def _config(header: GGUFHeader) -> DecoderConfig:
         "pad_token_id": data.get("tokenizer.ggml.padding_token_id"),
     }
     kind = of("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f'{where}: rope type "{kind}" is not supported; supported in GGUF: none, linear')
     if kind != "none":
         raw["rope_scaling"] = {"rope_type": kind, "factor": of("rope.scaling.factor")}
     config = DecoderConfig.from_hf(raw, where)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora import LoRAConfig, add_adapter, quantize_model
 from models import Completion, Decoder, generate
 from models.sampling import GOLDEN, _splitmix64, exponentials, row_key, sample
-from tests.small_llama import small_decoder
+from tests.small_llama import FAMILIES, small_decoder
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 1, 4, 1]]
 SETTINGS: list[dict[str, Any]] = [
@@ -49,6 +49,22 @@ def test_a_prompt_gets_the_same_completion_alone_and_in_any_batch(
         assert one.logps == pytest.approx(other.logps, abs=1e-4)
     first = generate(model, PROMPTS, **{**options, "num_generations": 1})
     assert [c.ids for c in first] == [c.ids for c in together[::3]]
+
+
+@pytest.mark.parametrize("setting", FAMILIES)
+def test_every_family_beyond_its_windows(setting: str) -> None:
+    """Prompts shorter and longer than any window, alone and together; greedy ids are those of full forwards."""
+    model = small_decoder(**FAMILIES[setting])
+    settings: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "num_generations": 2}]
+    for options in settings:
+        together = generate(model, PROMPTS, max_new_tokens=16, seed=3, **options)
+        alone = [generate(model, [p], max_new_tokens=16, seed=3, **options) for p in PROMPTS]
+        assert [c.ids for c in together] == [c.ids for completions in alone for c in completions]
+    for prompt in PROMPTS:
+        ids = generate(model, [prompt], max_new_tokens=16)[0].ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+        assert ids == logits.argmax(dim=1).tolist()
 
 
 def test_generations_and_seeds_differ_when_sampling(model: Decoder) -> None:
