@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import kernels
 from lora import LoRAConfig, add_adapter, disabled_adapters, quantize_model, set_adapter, trainable_parameters
-from models import Decoder
+from models import Decoder, load_model, save_model
 from models.decoder import RMSNorm, document_positions
 from tests.small_llama import EVERY, FAMILIES, small_config, small_decoder
 
@@ -142,6 +143,21 @@ def test_recomputation_uses_the_adapters_and_the_backend_of_the_forward(monkeypa
     assert set(asked) == {"reference"}
     for name, gradient in plain.items():
         assert torch.equal(gradient, model.get_parameter(name).grad), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", ["mistral", "qwen2, last layers windowed", "qwen3, biases and a window", "smollm3"])
+def test_a_family_loads_in_4_bits_and_wears_an_adapter(setting: str, tmp_path: Path) -> None:
+    """Its biases and norms stay dense; a new adapter changes nothing, and every linear layer but the head has one."""
+    model = small_decoder(**FAMILIES[setting])
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m", quantize="nf4")
+    ids = torch.randint(0, 96, (1, 20))
+    logits = quantize_model(model)(ids)
+    assert torch.equal(loaded(ids), logits)
+    add_adapter(loaded, LoRAConfig(r=2))
+    assert len(trainable_parameters(loaded)) == 2 * 7 * model.config.num_hidden_layers
+    assert torch.equal(loaded(ids), logits)
 
 
 def test_compute_dtype_runs_fp32_weights_in_bf16() -> None:
