@@ -81,7 +81,7 @@ def backend_for(operation: str, device: torch.device, *call: Any) -> str:
         reason = _why_not(operation, preferred, call)
         if reason is None:
             return preferred
-        _say_once(f"the reference backend runs {operation}, slower than {preferred} would: {reason}")
+        _say_once(f"the reference backend serves where {preferred} would be faster: {reason}")
         return "reference"
     reason = _why_not(operation, name, call)
     if reason is not None:

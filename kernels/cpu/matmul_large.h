@@ -34,13 +34,14 @@ static void pack_chunk(const void *x, int dtype, int64_t length, int64_t rows, i
     }
 }
 
-/* acc[j][row] += Σ_t w[j · out_step + t · step] · x[t][row]: TILE_OUT outputs, `vecs` vectors of rows. */
+/* acc[j][row] += Σ_t w[j · out_step + t · step] · x[t][row]: TILE_OUT outputs, `vecs` vectors of rows. The sum starts
+   from 0 each time: summing in pieces of REDUCE loses fewer digits than one long sum. */
 INLINE void multiply(const float *w, int64_t out_step, int64_t step, const float *x, int64_t steps, float *acc,
                      const int vecs) {
     vec sum[TILE_OUT][2];
 #pragma GCC unroll 12
     for (int j = 0; j < TILE_OUT; j++)
-        for (int v = 0; v < vecs; v++) sum[j][v] = load(acc + j * PANEL + v * LANES);
+        for (int v = 0; v < vecs; v++) sum[j][v] = (vec){0};
     for (int64_t t = 0; t < steps; t++, x += PANEL, w += step) {
         vec x0 = load(x), x1 = vecs == 2 ? load(x + LANES) : x0;
 #pragma GCC unroll 12
@@ -52,7 +53,10 @@ INLINE void multiply(const float *w, int64_t out_step, int64_t step, const float
     }
 #pragma GCC unroll 12
     for (int j = 0; j < TILE_OUT; j++)
-        for (int v = 0; v < vecs; v++) store(acc + j * PANEL + v * LANES, sum[j][v]);
+        for (int v = 0; v < vecs; v++) {
+            float *at = acc + j * PANEL + v * LANES;
+            store(at, load(at) + sum[j][v]);
+        }
 }
 
 INLINE void multiply_tile(const float *tile, int64_t outputs, int64_t rows, const float *x, int64_t steps, float *acc,

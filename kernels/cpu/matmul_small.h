@@ -46,6 +46,15 @@ INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const 
     for (int m = 0; m < M; m++) sums[m] += sum_lanes(M <= 4 ? acc[m][0] + acc[m][1] : acc[m][0]);
 }
 
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    vec sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sums = fma_(load(a + i), load(b + i), sums);
+    float sum = sum_lanes(sums);
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 INLINE void few_rows_tile(const product *p, const codebook *code, const float *x, int64_t n0, const int M) {
     float sums[SMALL_OUT][SMALL] = {{0}}, line[SMALL_OUT];
     int64_t outputs = smaller(SMALL_OUT, p->N - n0), columns = columns_of(M);
@@ -55,7 +64,7 @@ INLINE void few_rows_tile(const product *p, const codebook *code, const float *x
     for (int m = 0; m < M; m++) {
         for (int64_t n = 0; n < outputs; n++) {
             line[n] = sums[n][m];
-            for (int64_t t = 0; t < p->r; t++) line[n] += p->low[m * p->r + t] * p->up[(n0 + n) * p->r + t];
+            line[n] += dot(p->low + m * p->r, p->up + (n0 + n) * p->r, p->r);
             if (p->bias) line[n] += p->bias[n0 + n];
         }
         write_row(line, outputs, p->y, p->dtype, m * p->N + n0);
