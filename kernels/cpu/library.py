@@ -9,6 +9,7 @@ import os
 import threading
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -100,9 +101,27 @@ def _load(asked: str) -> Library:
 
 
 def weight(q: QuantizedTensor) -> Weight:
-    """Pointers to q's tensors: valid as long as q is."""
+    """Pointers to q's tensors now (sharding may move their storage between two calls), valid as long as q is."""
     pointers = [None if t is None else t.data_ptr() for t in (getattr(q, name) for name in TENSORS)]
     return Weight(*pointers, q.numel, q.blocksize.bit_length() - 1, q.blocksize2.bit_length() - 1)
+
+
+def why_not_weight(q: QuantizedTensor) -> str | None:
+    """Why C cannot read q, or None. Found once for each q."""
+    if q not in _readable:
+        _readable[q] = _why_not_readable(q)
+    return _readable[q]
+
+
+_readable: WeakKeyDictionary[QuantizedTensor, str | None] = WeakKeyDictionary()
+
+
+def _why_not_readable(q: QuantizedTensor) -> str | None:
+    if len(q.code) != 16:
+        return f"only 4-bit types have a C kernel, not {q.quant_type}"
+    if any(not (t.is_contiguous() and t.device.type == "cpu") for t in q.tensors().values()):
+        return "a C kernel needs contiguous CPU tensors"
+    return None
 
 
 _own = threading.local()

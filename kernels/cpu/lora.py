@@ -21,7 +21,7 @@ from ..dispatch import register
 from ..linear_cross_entropy import linear_cross_entropy_reference
 from ..lora_matmul import LoRATerm, lora_matmul_reference
 from ..matmul import sum_rows
-from .operations import _why_not_product, matmul_cpu, matmul_dx_cpu
+from .operations import matmul_cpu, matmul_dx_cpu, why_not_product
 
 # Its logits come from lora_matmul, a chunk at a time: what is to be fast in it is there.
 register("linear_cross_entropy", "cpu")(linear_cross_entropy_reference)
@@ -35,7 +35,7 @@ def lora_matmul_cpu(
     bias: Tensor | None,
     row_scale: Tensor | None,
 ) -> Tensor:
-    if isinstance(base, Tensor) or row_scale is not None or not adapters or _why_not_product(x, base):
+    if isinstance(base, Tensor) or row_scale is not None or not adapters or why_not_product(x, base):
         return lora_matmul_reference(x, base, adapters, bias, row_scale)
     inputs = [x if term.x is None else term.x for term in adapters]
     factors = [t for term in adapters for t in (term.A, term.B)]

@@ -23,9 +23,10 @@ from quant.double_quant import BLOCKSIZE2
 from quant.tensor import shared_map
 
 from ..dispatch import register, register_backend
-from .library import DTYPES, TENSORS, Nearest, Product, load, weight, why_missing, workspace
+from .library import DTYPES, Nearest, Product, load, weight, why_missing, why_not_weight, workspace
 
 GROUP = 32  # weights decoded at once
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def describe() -> str:
@@ -36,23 +37,14 @@ def describe() -> str:
 register_backend("cpu", why_missing, describe)
 
 
-def _why_not_weight(q: QuantizedTensor) -> str | None:
-    if len(q.code) != 16:
-        return f"only 4-bit types have a C kernel, not {q.quant_type}"
-    tensors = (getattr(q, name) for name in TENSORS)
-    if any(t is not None and not (t.is_contiguous() and t.device.type == "cpu") for t in tensors):
-        return "a C kernel needs contiguous CPU tensors"
-    return None
-
-
 def _why_not_dequantize(q: QuantizedTensor, out: Tensor) -> str | None:
-    return _why_not_dtype(out.dtype, tuple(DTYPES)) or _why_not_weight(q)
+    return _why_not_dtype(out.dtype, tuple(DTYPES)) or why_not_weight(q)
 
 
-def _why_not_product(x: Tensor, q: QuantizedTensor, *_: object) -> str | None:
+def why_not_product(x: Tensor, q: QuantizedTensor, *_: object) -> str | None:
     if q.shape[1] % GROUP:
         return f"a C kernel needs K to be a multiple of {GROUP}, got {q.shape[1]}"
-    return _why_not_dtype(x.dtype, (torch.float32, torch.bfloat16)) or _why_not_weight(q)
+    return _why_not_dtype(x.dtype, PRODUCT_DTYPES) or why_not_weight(q)
 
 
 def _why_not_quantize(
@@ -133,7 +125,7 @@ def _nearest(code: Tensor) -> Nearest:
     )
 
 
-@register("matmul", "cpu", unless=_why_not_product)
+@register("matmul", "cpu", unless=why_not_product)
 def matmul_cpu(
     x: Tensor, q: QuantizedTensor, bias: Tensor | None, low: Tensor | None = None, up: Tensor | None = None
 ) -> Tensor:
@@ -141,7 +133,7 @@ def matmul_cpu(
     return _product("matmul", x, q, q.shape[0], bias, low, up)
 
 
-@register("matmul_dx", "cpu", unless=_why_not_product)
+@register("matmul_dx", "cpu", unless=why_not_product)
 def matmul_dx_cpu(dy: Tensor, q: QuantizedTensor, low: Tensor | None = None, up: Tensor | None = None) -> Tensor:
     """dy (…, N) · Ŵ + low (M, r) · up → (…, K); low and up (r, K) are fp32 and contiguous."""
     return _product("matmul_dx", dy, q, q.shape[1], None, low, up)
