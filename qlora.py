@@ -28,6 +28,7 @@ COMMANDS = {
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
+    "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),
 }
 BOX = re.compile(r"[╭╮╰╯│]")
 

@@ -5,6 +5,7 @@ One file per operation. In this version the `reference` backend (plain PyTorch, 
 
 from pathlib import Path
 
+from . import cpu as _cpu  # noqa: F401  # registers the C kernels
 from .dequantize import dequantize
 from .dispatch import captured_backend, describe_backends, use_backend
 from .linear_cross_entropy import Head, linear_cross_entropy

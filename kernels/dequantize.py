@@ -31,7 +31,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
             f"out must be contiguous, of shape {q.shape} and dtype {dtype or out.dtype}, "
             f"got {tuple(out.shape)} {out.dtype}"
         )
-    implementation("dequantize", backend_for("dequantize", q.device))(q, out)
+    implementation("dequantize", backend_for("dequantize", q.device, q, out))(q, out)
     return out
 
 

@@ -28,6 +28,8 @@ def matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """
     if len(q.shape) != 2 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"matmul needs x (…, K) and a quantized weight (N, K), got {tuple(x.shape)} and {q.shape}")
+    if not torch.is_grad_enabled():  # decoding: autograd's bookkeeping would cost as much as a small product
+        return implementation("matmul", backend_for("matmul", x.device, x, q))(x, q, bias)
     return _QuantizedMatmul.apply(x, bias, q)
 
 
@@ -44,7 +46,7 @@ def matmul_dx_reference(dy: Tensor, q: QuantizedTensor) -> Tensor:
 class _QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor) -> Tensor:
-        ctx.backend = backend_for("matmul", x.device)
+        ctx.backend = backend_for("matmul", x.device, x, q)
         ctx.q = q
         ctx.bias_dtype = None if bias is None else bias.dtype
         with use_backend(ctx.backend):
@@ -57,7 +59,7 @@ class _QuantizedMatmul(torch.autograd.Function):
             with use_backend(ctx.backend):
                 dx = implementation("matmul_dx", ctx.backend)(dy, ctx.q)
         if ctx.needs_input_grad[1]:
-            db = _sum_rows(dy, ctx.bias_dtype)
+            db = sum_rows(dy, ctx.bias_dtype)
         return dx, db, None
 
 
@@ -86,11 +88,11 @@ class _CastLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            db = _sum_rows(dy, ctx.bias_dtype)
+            db = sum_rows(dy, ctx.bias_dtype)
         return dx, dweight, db
 
 
-def _sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """dy (…, N) → (N,), accumulated in fp32 at least."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     return dy.reshape(-1, dy.shape[-1]).sum(dim=0, dtype=wide).to(dtype)

@@ -13,5 +13,5 @@ def quantize(
     weight: Tensor, *, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
 ) -> quant.QuantizedTensor:
     """quant.quantize on the backend of weight's device: same arguments, results and errors."""
-    run = implementation("quantize", backend_for("quantize", weight.device))
+    run = implementation("quantize", backend_for("quantize", weight.device, weight, quant_type))
     return run(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)

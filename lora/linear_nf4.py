@@ -29,6 +29,8 @@ class LinearNF4(nn.Module):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self._frame = q.with_tensors({name: torch.empty(0) for name in q.tensors()})
+        self._names = tuple(q.tensors())
+        self._built: tuple[list[int] | None, QuantizedTensor] | None = None
         for name, tensor in q.tensors().items():
             if name in BYTES:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -53,8 +55,12 @@ class LinearNF4(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight, holding this module's tensors as they are now."""
-        return self._frame.with_tensors({name: getattr(self, name).detach() for name in self._frame.tensors()})
+        """The weight, holding this module's tensors as they are now; the same object as long as they stay in place."""
+        now = {name: getattr(self, name) for name in self._names}
+        place = [t.data_ptr() for t in now.values()] if type(now["packed"]) is nn.Parameter else None
+        if place is None or self._built is None or self._built[0] != place:
+            self._built = place, self._frame.with_tensors({name: t.detach() for name, t in now.items()})
+        return self._built[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, K) → (…, N) in x.dtype."""
@@ -63,6 +69,7 @@ class LinearNF4(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearNF4":
         """What .to(), .half() and their kind call: scales move to another device, and keep their dtype."""
         scales = {name: self._buffers[name] for name in self._frame.tensors() if name not in BYTES}
+        self._built = None  # it holds the tensors that are about to be replaced
         super()._apply(fn, recurse)
         device = self.get_parameter("packed").device
         for name, before in scales.items():

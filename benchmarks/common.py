@@ -1,0 +1,86 @@
+"""What the kernel benchmarks share: flags, turns, and the peer's view of our weight.
+
+The arms of a comparison take turns for `--rounds` rounds, so that whatever else the machine does falls on all of them.
+A row holds an arm's 20th, 50th and 80th percentile in milliseconds, and `ratio`: the median over the rounds of its time
+divided by the base arm's in the same round.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import describe_backends
+from quant import QuantizedTensor, to_bnb_state_dict
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP = 2
+
+
+def parser(doc: str, *, shapes: str) -> argparse.ArgumentParser:
+    """The flags every kernel benchmark has."""
+    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--shapes", default=shapes, help="N×K of the weights, as 4096x4096,1024x4096")
+    flags.add_argument("--dtype", default="fp32", choices=DTYPES)
+    flags.add_argument("--rounds", type=int, default=9)
+    flags.add_argument("--no-double-quant", action="store_true")
+    flags.add_argument("--no-peer", action="store_true", help="leave bitsandbytes out")
+    return flags
+
+
+def shapes_of(text: str) -> list[tuple[int, int]]:
+    """4096x4096,1024x4096 → [(4096, 4096), (1024, 4096)]"""
+    return [(int(n), int(k)) for n, k in (shape.split("x") for shape in text.split(","))]
+
+
+def take_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every round of every arm."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(WARM_UP + rounds):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            if turn >= WARM_UP:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def rows_of(case: dict[str, Any], times: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
+    """A CSV row for every arm of one case."""
+    shared = case | {"backend": describe_backends()["cpu"].partition(":")[0], "peer_versions": peer()}
+    rows = []
+    for arm, taken in times.items():
+        fifths = statistics.quantiles(taken, n=5, method="inclusive")
+        ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
+        rows.append(
+            {"key": "/".join([*map(str, case.values()), arm]), "arm": arm}
+            | shared
+            | {"p20_ms": f"{fifths[0]:.3f}", "p50_ms": f"{statistics.median(taken):.3f}", "p80_ms": f"{fifths[-1]:.3f}"}
+            | {"rounds": len(taken), "base": base, "ratio": f"{ratio:.4f}"}
+        )
+    return rows
+
+
+def peer() -> str:
+    return f"bitsandbytes {version('bitsandbytes')}"
+
+
+def bnb_weight(q: QuantizedTensor) -> tuple[Tensor, Any]:
+    """Our weight as bitsandbytes holds it: packed bytes and QuantState."""
+    from bitsandbytes.functional import QuantState
+
+    stored = to_bnb_state_dict(q, "w")
+    state = QuantState.from_dict({k.removeprefix("w."): v for k, v in stored.items() if k != "w"}, device="cpu")
+    return stored["w"], state
+
+
+def check_accuracy(ours: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """The gate before any time counts. Raises ValueError when ours errs more than twice as much as plain torch."""
+    mine, allowed = ((t.double() - exact).norm().item() for t in (ours, plain))
+    if not mine <= 2 * allowed:
+        raise ValueError(f"{what}: error {mine:.3g}, plain torch's is {allowed:.3g}")

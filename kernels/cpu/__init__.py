@@ -1,0 +1,18 @@
+"""kernels/cpu: the quantized operations in plain C, for x86 (AVX-512, AVX2) and everything else (portable).
+
+    simd.h           the few things that differ between vector units
+    storage.h        a quantized weight, and rows of numbers, in C
+    quantize.h       quantize and dequantize
+    matmul_large.h   products of many rows: the weight is decoded a tile at a time
+    matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
+    build.py         compiles them into a cache
+    library.py       calls them
+    operations.py    registers them as backend "cpu"
+    lora.py          base and low-rank terms in one product
+
+Importing this registers the backend. Nothing is compiled before the first call.
+"""
+
+from . import lora, operations
+
+__all__ = ["lora", "operations"]

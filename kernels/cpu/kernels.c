@@ -1,0 +1,22 @@
+/* kernels.c: the CPU kernels, compiled once per instruction set (simd.h). library.py builds and calls them.
+
+   Bounds: every pointer is to a contiguous tensor of the size that its comment names, checked in Python. */
+
+#include "simd.h"
+#include "storage.h"
+#include "quantize.h"
+#include "product.h"
+#include "matmul_large.h"
+#include "matmul_small.h"
+
+void FOR_ISA(matmul)(const product *p) {
+    if (p->M <= SMALL) {
+        few_rows(p);
+        return;
+    }
+    for (int64_t row = 0; row < p->M; row += ROWS) sweep(p, row, smaller(ROWS, p->M - row), 0);
+}
+
+void FOR_ISA(matmul_dx)(const product *p) {
+    for (int64_t row = 0; row < p->M; row += ROWS) sweep(p, row, smaller(ROWS, p->M - row), 1);
+}

@@ -1,0 +1,135 @@
+"""library: the compiled kernels as Python functions of tensors.
+
+Checks what C cannot: dtype, device, contiguity. QLORA_CPU_ISA (avx512, avx2 or portable) forces an instruction set;
+by default it is the best that this processor runs.
+"""
+
+import ctypes
+import os
+import threading
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from quant import QuantizedTensor
+
+from .build import BuildError, build, isas
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TENSORS = ("packed", "code", "absmax", "absmax_8bit", "absmax_code", "absmax2", "absmax_offset")
+
+
+class Weight(ctypes.Structure):
+    """storage.h: weight."""
+
+    _fields_ = (*((name, c_void_p) for name in TENSORS), ("numel", c_int64), ("shift", c_int64), ("shift2", c_int64))
+
+
+class Product(ctypes.Structure):
+    """product.h: product."""
+
+    _fields_ = (
+        ("q", POINTER(Weight)),
+        *((name, c_int64) for name in ("M", "N", "K", "r")),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("dtype", c_int),
+        *((name, c_void_p) for name in ("bias", "low", "up", "workspace")),
+        ("threads", c_int),
+    )
+
+
+class Nearest(ctypes.Structure):
+    """quantize.h: nearest."""
+
+    _fields_ = (("midpoints", c_float * 15), ("index", c_int32 * 16))
+
+
+class Library:
+    """The functions of one instruction set."""
+
+    def __init__(self, path: str, isa: str) -> None:
+        self.isa = isa
+        loaded = ctypes.CDLL(path)
+        p, n, i = c_void_p, c_int64, c_int
+        signatures = {
+            "dequantize": (None, [POINTER(Weight), p, i, i]),
+            "quantize": (c_int, [p, i, n, n, POINTER(Nearest), p, p, i]),
+            "quantize_absmax": (None, [p, n, p, p, p, p, i]),
+            "workspace_floats": (c_int64, [n, n, n, n, i]),
+            "matmul": (None, [POINTER(Product)]),
+            "matmul_dx": (None, [POINTER(Product)]),
+        }
+        for name, (result, arguments) in signatures.items():
+            function = getattr(loaded, f"{name}_{isa}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    dequantize: "ctypes._NamedFuncPointer"
+    quantize: "ctypes._NamedFuncPointer"
+    quantize_absmax: "ctypes._NamedFuncPointer"
+    workspace_floats: "ctypes._NamedFuncPointer"
+    matmul: "ctypes._NamedFuncPointer"
+    matmul_dx: "ctypes._NamedFuncPointer"
+
+
+@lru_cache
+def why_missing() -> str | None:
+    """None when the kernels run here, else the reason in one line. Compiles them if that was never done."""
+    try:
+        load()
+    except (BuildError, OSError, AttributeError) as error:
+        return f"the C kernels are not available: {' '.join(str(error).split())}"
+    return None
+
+
+def load() -> Library:
+    """The kernels for the instruction set that is asked for now. Raises BuildError; ValueError for QLORA_CPU_ISA."""
+    return _load(os.environ.get("QLORA_CPU_ISA", ""))
+
+
+@lru_cache
+def _load(asked: str) -> Library:
+    path = str(build())
+    usable = [isa for isa in isas() if isa == "portable" or getattr(ctypes.CDLL(path), f"runs_{isa}")()]
+    if asked and asked not in usable:
+        raise ValueError(f"QLORA_CPU_ISA must be one of {', '.join(usable)} on this machine, got {asked!r}")
+    return Library(path, asked or usable[-1])
+
+
+def weight(q: QuantizedTensor) -> Weight:
+    """Pointers to q's tensors now (sharding may move their storage between two calls), valid as long as q is."""
+    pointers = [None if t is None else t.data_ptr() for t in (getattr(q, name) for name in TENSORS)]
+    return Weight(*pointers, q.numel, q.blocksize.bit_length() - 1, q.blocksize2.bit_length() - 1)
+
+
+def why_not_weight(q: QuantizedTensor) -> str | None:
+    """Why C cannot read q, or None. Found once for each q."""
+    if q not in _readable:
+        _readable[q] = _why_not_readable(q)
+    return _readable[q]
+
+
+_readable: WeakKeyDictionary[QuantizedTensor, str | None] = WeakKeyDictionary()
+
+
+def _why_not_readable(q: QuantizedTensor) -> str | None:
+    if len(q.code) != 16:
+        return f"only 4-bit types have a C kernel, not {q.quant_type}"
+    if any(not (t.is_contiguous() and t.device.type == "cpu") for t in q.tensors().values()):
+        return "a C kernel needs contiguous CPU tensors"
+    return None
+
+
+_own = threading.local()
+
+
+def workspace(floats: int) -> Tensor:
+    """This thread's scratch memory, kept between calls: fresh pages would cost more than the work on them."""
+    held: Tensor | None = getattr(_own, "held", None)
+    if held is None or held.numel() < floats:
+        held = _own.held = torch.empty(floats, dtype=torch.float32)
+    return held

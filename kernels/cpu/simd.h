@@ -1,0 +1,153 @@
+/* simd.h: what the kernels need of a vector unit. Everything else is written once, in the vector types of GCC and Clang.
+
+   kernels.c is compiled once per instruction set, with -DISA_AVX512, -DISA_AVX2 or neither (portable: SSE2, NEON or
+   whatever the compiler has), and each time its functions carry the set's name. Only decode32, fma and the fp16
+   conversions differ.
+
+   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book.
+     AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
+               16 bytes. 4 shuffles look up 32 weights, 8 unpacks put their bytes together again.
+     AVX-512   VPERMPS is a table of 16 floats.
+     portable  a table of the 256 pairs that a byte can mean. */
+#ifndef SIMD_H
+#define SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(ISA_AVX512)
+#include <immintrin.h>
+#define FOR_ISA(name) name##_avx512
+#define LANES 16
+#define TILE_OUT 12
+#elif defined(ISA_AVX2)
+#include <immintrin.h>
+#define FOR_ISA(name) name##_avx2
+#define LANES 8
+#define TILE_OUT 6
+#else
+#define FOR_ISA(name) name##_portable
+#define LANES 4
+#define TILE_OUT 6
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bvec __attribute__((vector_size(LANES)));
+typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t hvec_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE vec load(const float *p) { return *(const vec_at *)p; }
+INLINE void store(float *p, vec v) { *(vec_at *)p = v; }
+INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE vec magnitude(vec v) { return (vec)((ivec)v & 0x7fffffff); }
+
+/* In this order on every machine, and whatever the number of threads. */
+INLINE float sum_lanes(vec v) {
+    float sum = v[0];
+    for (int i = 1; i < LANES; i++) sum += v[i];
+    return sum;
+}
+
+#if defined(ISA_AVX512)
+INLINE vec fma_(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vec every(float s) { return (vec)_mm512_set1_ps(s); }
+#elif defined(ISA_AVX2)
+INLINE vec fma_(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec every(float s) { return (vec)_mm256_set1_ps(s); }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+INLINE vec fma_(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE vec every(float s) { return (vec){s, s, s, s}; }
+#else
+INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec every(float s) { return (vec){s, s, s, s}; }
+#endif
+
+/* codebook: the 16 levels, as the unit looks them up. */
+
+#if defined(ISA_AVX512)
+
+typedef struct {
+    const float *level;
+    __m512 levels;
+} codebook;
+
+INLINE codebook load_codebook(const float *level) { return (codebook){level, _mm512_loadu_ps(level)}; }
+
+INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
+    const __m512i shift = _mm512_set1_epi64(4); /* dword 0 by 4 (the high nibble comes first), dword 1 by 0 */
+    __m128i bytes = _mm_loadu_si128((const __m128i *)packed);
+    __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+    __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(bytes, bytes));
+    /* VPERMPS reads the low 4 bits of an index */
+    levels[0] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(first, shift), code->levels);
+    levels[1] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(second, shift), code->levels);
+}
+
+#elif defined(ISA_AVX2)
+
+typedef struct {
+    const float *level;
+    __m256i plane[4];
+} codebook;
+
+INLINE codebook load_codebook(const float *level) {
+    codebook code = {level, {{0}}};
+    for (int j = 0; j < 4; j++) {
+        uint8_t plane[16];
+        for (int i = 0; i < 16; i++) memcpy(plane + i, (const uint8_t *)(level + i) + j, 1);
+        code.plane[j] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)plane));
+    }
+    return code;
+}
+
+INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
+    /* Each byte twice, its two weights' places; which bytes go to which half is what the unpacks below ask for. */
+    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    bytes = _mm256_shuffle_epi8(bytes, twice);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
+    __m256i index = _mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)));
+    __m256i b0 = _mm256_shuffle_epi8(code->plane[0], index), b1 = _mm256_shuffle_epi8(code->plane[1], index);
+    __m256i b2 = _mm256_shuffle_epi8(code->plane[2], index), b3 = _mm256_shuffle_epi8(code->plane[3], index);
+    __m256i lo01 = _mm256_unpacklo_epi8(b0, b1), lo23 = _mm256_unpacklo_epi8(b2, b3);
+    __m256i hi01 = _mm256_unpackhi_epi8(b0, b1), hi23 = _mm256_unpackhi_epi8(b2, b3);
+    levels[0] = (vec)_mm256_unpacklo_epi16(lo01, lo23);
+    levels[1] = (vec)_mm256_unpackhi_epi16(lo01, lo23);
+    levels[2] = (vec)_mm256_unpacklo_epi16(hi01, hi23);
+    levels[3] = (vec)_mm256_unpackhi_epi16(hi01, hi23);
+}
+
+#else
+
+typedef struct {
+    const float *level;
+    float pair[256][2];
+} codebook;
+
+INLINE codebook load_codebook(const float *level) {
+    codebook code;
+    code.level = level;
+    for (int byte = 0; byte < 256; byte++) {
+        code.pair[byte][0] = level[byte >> 4];
+        code.pair[byte][1] = level[byte & 15];
+    }
+    return code;
+}
+
+INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
+    for (int i = 0; i < 16; i++) memcpy((float *)levels + 2 * i, code->pair[packed[i]], 8);
+}
+
+#endif
+
+#endif
