@@ -22,7 +22,7 @@ from models import Decoder, DecoderConfig
 from models.attention import apply_rope, llama3_factors, rope_frequencies, rope_tables
 from models.config import RopeConfig
 from models.decoder import RMSNorm
-from models.gguf_llama import GGUFCheckpoint
+from models.gguf_checkpoint import GGUFCheckpoint
 from models.sampling import candidates
 from optim import SCHEDULES, decay_groups, learning_rate
 from quant import dequantize, dynamic_map, nf4_codebook, quantize, to_bnb_state_dict
@@ -352,7 +352,7 @@ def test_adapter_files(tmp_path: Path) -> None:
 
 
 def test_gguf_row_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.gguf_llama.read_rows", lambda header, name, start, stop: torch.arange(start, stop))
+    monkeypatch.setattr("models.gguf_checkpoint.read_rows", lambda header, name, start, stop: torch.arange(start, stop))
     head = SimpleNamespace(header=None, stored_as={"q": "blk.0.attn_q.weight"}, config=SimpleNamespace(head_dim=8))
     read_from = GGUFCheckpoint.read_rows(head, "q", 0, 8).tolist()
     assert_holds(FORMATS, row("is read from row of the file", *read_from))

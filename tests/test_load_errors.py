@@ -15,10 +15,13 @@ import huggingface_hub
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from models import load_model, save_model
 from models.builtin import builtin_path
 from models.gguf_format import PLAIN, read_header
+from models.safetensors_format import INDEX
 from models.source import locate
 from tests.small_llama import LLAMA3, change_tensors, small_decoder, write_gguf
 
@@ -119,6 +122,57 @@ def test_a_damaged_folder_is_one_clear_line(damage: str, quantize: str | None, f
         load_model(folder, quantize=quantize)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """Cut the folder into shards; returns its weight_map."""
+    save_model(load_model(folder), folder, max_shard_bytes=20_000)
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m | {"model.norm.weight": m["model.embed_tokens.weight"]},
+            r"places model\.norm\.weight in .*00001-of-",
+        ),
+        (lambda m: m | {"x.weight": m["model.norm.weight"]}, r"places x\.weight in .*, which does not hold it"),
+        (lambda m: m | {"x\ny": m["model.norm.weight"]}, r"places x\\ny in "),
+        (
+            lambda m: m | {"model.norm.weight": "a" * 5000},
+            r"weight_map names a{200}, which is not a file of this folder",
+        ),
+        (
+            lambda m: m | {"model.norm.weight": "/etc/hostname"},
+            "names /etc/hostname, which is not a file of this folder",
+        ),
+        (
+            lambda m: m | {"model.norm.weight": ".."},
+            r"names \.\., which (is not a file of this folder|the folder lacks)",
+        ),
+        (lambda m: m | {"model.norm.weight": 7}, "names 7, which the folder lacks"),
+        (lambda m: m | {"model.norm.weight": "config.json"}, r"config\.json: truncated or corrupt safetensors file"),
+        (lambda m: list(m), "weight_map must be an object of tensor names and files"),
+        (lambda m: {}, "weight_map must be an object of tensor names and files"),
+    ],
+    ids=range(10),
+)
+def test_a_list_of_shards_that_lies(change: Callable[[Any], Any], message: str, folder: Path) -> None:
+    weight_map = shards_of(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": change(weight_map)}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_tensor_that_is_in_two_shards(folder: Path) -> None:
+    weight_map = shards_of(folder)
+    first, last = (folder / weight_map[name] for name in ("model.embed_tokens.weight", "model.norm.weight"))
+    save_file(load_file(first) | {"model.norm.weight": torch.ones(48)}, first)
+    with pytest.raises(ValueError, match=rf"tensor model\.norm\.weight is in {last.name} as well"):
+        load_model(folder)
 
 
 def test_values_that_the_dtype_cannot_hold(folder: Path) -> None:

@@ -46,9 +46,16 @@ class GGUFCheckpoint:
         self.stored_as = {_hf_name(name): name for name in self.header.tensors if name != ROPE_FACTORS}
         self.shapes = {name: self.header.tensors[stored].shape for name, stored in self.stored_as.items()}
         self.dtype = _dtype(self.header)
+        self.quant_type: str | None = None  # its block formats are decoded: none of them is nf4 or fp4
 
     def where(self, name: str) -> str:
         return f"{self.header.path}: tensor {self.stored_as.get(name, name)}"
+
+    def is_quantized(self, name: str) -> bool:
+        return False
+
+    def read_quantized(self, name: str) -> None:
+        return None
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start … stop (elements, of a bias or norm)."""
