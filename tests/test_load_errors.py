@@ -16,7 +16,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from models import load_model, save_model
 from models.builtin import builtin_path
