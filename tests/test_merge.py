@@ -221,7 +221,9 @@ def test_the_report_is_by_path() -> None:
         path: layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
         for path, layer in report.originals.items()
     }
-    assert report.adapter_size == pytest.approx({path: float(delta.norm()) for path, delta in sizes.items()}, rel=1e-5)
+    assert report.adapter_size == pytest.approx(
+        {path: float(delta.detach().norm()) for path, delta in sizes.items()}, rel=1e-5
+    )
     errors = [report.weight_error[path] * report.adapter_size[path] for path in INSIDE]
     wanted = sum(e**2 for e in errors) / sum(size**2 for size in report.adapter_size.values())
     assert report.total_error == pytest.approx(wanted**0.5)
