@@ -37,7 +37,7 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Contents reach the disk before the name does. Files get the usual mode: safetensors writes them for their owner."""
+    """Contents reach the disk before the name does. Files get the usual mode: safetensors' are their owner's alone."""
     mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file():
