@@ -3,10 +3,10 @@
     token_embd → model.embed_tokens          blk.{i}.attn_q → model.layers.{i}.self_attn.q_proj          and so on
     output     → lm_head; without it, the head is tied to the embeddings
 
-In rope, Hugging Face turns the pairs (j, j + Dh/2) of a head. llama.cpp does so too for Qwen, but for Llama it turns
-neighbours (2j, 2j+1): its converter reorders the rows of a Llama's q and k within each head, and reading undoes that.
-A Mistral is a `llama` there. `rope_freqs.weight` holds what each frequency is divided by; the setting behind it is not
-stored, so Llama 3's own (low 1, high 4, 8192 positions) is tried and must fit.
+In rope, Hugging Face turns the pairs (j, j + Dh/2) of a head. llama.cpp does so too for Qwen, but for Llama and
+SmolLM3 it turns neighbours (2j, 2j+1): its converter reorders the rows of their q and k within each head, and reading
+undoes that. A Mistral is a `llama` there. `rope_freqs.weight` holds what each frequency is divided by; the setting
+behind it is not stored, so Llama 3's own (low 1, high 4, 8192 positions) is tried and must fit.
 """
 
 import re
@@ -38,8 +38,13 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-REORDERED = ("llama",)  # the rows of q and k
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+REORDERED = ("llama", "smollm3")  # the rows of q and k
 
 
 class GGUFCheckpoint:
@@ -133,10 +138,12 @@ def _config(header: GGUFHeader) -> DecoderConfig:
         "pad_token_id": data.get("tokenizer.ggml.padding_token_id"),
     }
     kind = of("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise ValueError(f'{where}: rope type "{kind}" is not supported; supported in GGUF: none, linear')
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported in GGUF: none, linear, yarn")
     if kind != "none":
         raw["rope_scaling"] = {"rope_type": kind, "factor": of("rope.scaling.factor")}
+    if kind == "yarn":
+        raw["rope_scaling"]["original_max_position_embeddings"] = of("rope.scaling.original_context_length")
     if family == "llama" and raw["sliding_window"] is not None:
         raw["architectures"] = ["MistralForCausalLM"]
     config = DecoderConfig.from_hf(raw, where)

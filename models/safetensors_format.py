@@ -31,7 +31,6 @@ class SafetensorsFolder:
         quantization = raw.pop("quantization_config", None)
         if quantization is not None:
             check_quantization_config(quantization, str(folder / "config.json"))
-        self.config = DecoderConfig.from_hf(raw, str(folder / "config.json"))
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -48,6 +47,10 @@ class SafetensorsFolder:
         for name, file in weight_map.items():
             if self.files.get(name) != folder / file:
                 raise ValueError(f"{folder / INDEX}: places {printable(name)} in {file}, which does not hold it")
+        layers = raw.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self.files):  # it takes room for each of them
+            raise ValueError(f"{folder}: the config has {layers} layers, the files hold {len(self.files)} tensors")
+        self.config = DecoderConfig.from_hf(raw, str(folder / "config.json"))
         self._parts = self._four_bit_parts()
         if quantization is not None and not self._parts:
             raise ValueError(f"{folder}: config.json announces 4-bit weights, and the files hold none")

@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from models import load_model, save_model
@@ -271,20 +272,52 @@ def test_a_hub_id_goes_to_the_hub(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[Any, ...]] = []
 
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, allow_patterns))
+    def download(repo_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns, ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("org/small-model_1.0").config == load_model(folder).config
-    assert asked == [("org/small-model_1.0", ["*.json", "*.jinja", "*.safetensors"])]
+    wanted = ["*.json", "*.jinja", "*.safetensors"]
+    assert asked == [("org/small-model_1.0", wanted, ["*/*", "consolidated*"])]
+    there = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "model.safetensors.index.json"]
+    pickles = ["pytorch_model.bin", "model.pkl", "training_args.bin", "original/consolidated.00.pth", "x.pt", "run.py"]
+    copies = ["consolidated.safetensors", "onnx/config.json", "original/model.safetensors"]
+    fetched = filter_repo_objects([*there, *pickles, *copies], allow_patterns=wanted, ignore_patterns=asked[0][2])
+    assert list(fetched) == there
 
 
 def test_a_hub_that_is_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="org/model: no such folder here, and the hub did not give it") as caught:
+    with pytest.raises(
+        ValueError, match="org/model: no such folder here, and the hub did not give it: it cannot be rea"
+    ) as caught:
+        load_model("org/model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GatedRepoError", "it is gated: accept its terms"),
+        ("RepositoryNotFoundError", "there is no such repository, or it is private"),
+        ("LocalEntryNotFoundError", "it cannot be reached from here"),
+        ("", "OSError: disk full at line two$"),
+    ],
+)
+def test_what_the_hub_says_becomes_one_line(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind = getattr(huggingface_hub.errors, name) if name else OSError
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise kind.__new__(kind) if name else OSError("disk full\nat line two")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=f"org/model: .*the hub did not give it: {message}") as caught:
         load_model("org/model")
     assert "\n" not in str(caught.value)
 

@@ -31,7 +31,7 @@ def test_each_pre_tokenizer_gives_their_ids(pre: str, tmp_path: Path) -> None:
 
 
 def test_qwen2_gives_the_ids_of_their_qwen2_tokenizer(tmp_path: Path) -> None:
-    """Which composes text first. Their conversion of a GGUF file does not, nor does llama.cpp: the model was not trained
+    """Which composes text first. Their conversion of a GGUF file does not, nor llama.cpp: the model was not trained
     on what those make of combining marks."""
     byte_level.write_gguf(tmp_path / "t.gguf", pre="qwen2")
     theirs = Qwen2Tokenizer(
