@@ -53,6 +53,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.header = read_header(path)
         self.config = _config(self.header)
+        self.reordered = self.header.metadata["general.architecture"] in REORDERED
         self.stored_as = {_hf_name(name): name for name in self.header.tensors if name != ROPE_FACTORS}
         self.shapes = {name: self.header.tensors[stored].shape for name, stored in self.stored_as.items()}
         self.dtype = _dtype(self.header)
@@ -70,8 +71,7 @@ class GGUFCheckpoint:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start … stop (elements, of a bias or norm)."""
         stored = self.stored_as[name]
-        reordered = self.header.metadata["general.architecture"] in REORDERED
-        if not (reordered and re.search(r"\.attn_[qk]\.", stored)):
+        if not (self.reordered and re.search(r"\.attn_[qk]\.", stored)):
             return read_rows(self.header, stored, start, stop)
         Dh = self.config.head_dim
         first, last = start // Dh * Dh, -(-stop // Dh) * Dh  # whole heads

@@ -16,9 +16,18 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from lora import AdapterState, LoRAConfig, LoRALinear, add_adapter, count_parameters, save_adapter, trainable_parameters
+from lora import (
+    AdapterState,
+    LoRAConfig,
+    LoRALinear,
+    add_adapter,
+    count_parameters,
+    quantize_model,
+    save_adapter,
+    trainable_parameters,
+)
 from lora.attach import HEAD, linear_layers
-from models import Decoder, DecoderConfig
+from models import Decoder, DecoderConfig, save_model
 from models.attention import apply_rope, llama3_factors, rope_frequencies, rope_tables
 from models.config import RopeConfig
 from models.decoder import RMSNorm
@@ -28,6 +37,7 @@ from optim import SCHEDULES, decay_groups, learning_rate
 from quant import dequantize, dynamic_map, nf4_codebook, quantize, to_bnb_state_dict
 from quant.blockwise import unpack
 from quant.double_quant import dequantize_absmax, quantize_absmax
+from tests.small_llama import small_decoder
 from trainers.checkpoint import save_checkpoint
 from trainers.run_folder import environment
 from trainers.sft import sft_loss
@@ -338,6 +348,13 @@ def test_bitsandbytes_state_dict() -> None:
     assert_says(FORMATS, f"{q.nbytes:,} bytes, maps aside: {q.bits_per_param:.4f} bits a weight")
 
 
+def test_a_4_bit_folder(tmp_path: Path) -> None:
+    model = quantize_model(small_decoder().bfloat16())
+    save_model(model, tmp_path / "m")  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert json.loads(json_blocks()[1]) == written
+
+
 def test_adapter_files(tmp_path: Path) -> None:
     model = smollm2(layers=1, vocab_size=8, device="cpu")
     add_adapter(model, LoRAConfig(r=16, alpha=16))
@@ -348,12 +365,13 @@ def test_adapter_files(tmp_path: Path) -> None:
         assert_holds(FORMATS, row(f"`{key}`", tuple(saved[key].shape), f"{saved[key].nbytes:,}"))
     size = sum(tensor.nbytes for tensor in saved.values())
     assert_says(FORMATS, f"{30 * len(saved)} tensors, {30 * size:,} bytes")
-    assert json.loads(json_blocks()[1]) == json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert json.loads(json_blocks()[2]) == json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
 
 
 def test_gguf_row_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.gguf_checkpoint.read_rows", lambda header, name, start, stop: torch.arange(start, stop))
-    head = SimpleNamespace(header=None, stored_as={"q": "blk.0.attn_q.weight"}, config=SimpleNamespace(head_dim=8))
+    stored_as, config = {"q": "blk.0.attn_q.weight"}, SimpleNamespace(head_dim=8)
+    head = SimpleNamespace(header=None, reordered=True, stored_as=stored_as, config=config)
     read_from = GGUFCheckpoint.read_rows(head, "q", 0, 8).tolist()
     assert_holds(FORMATS, row("is read from row of the file", *read_from))
     assert_holds(FORMATS, row("is Hugging Face's row", *(read_from.index(stored) for stored in range(8))))
