@@ -16,18 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from lora import (
-    AdapterState,
-    LoRAConfig,
-    LoRALinear,
-    add_adapter,
-    count_parameters,
-    quantize_model,
-    save_adapter,
-    trainable_parameters,
-)
+from lora import AdapterState, LoRAConfig, LoRALinear, add_adapter, count_parameters, save_adapter, trainable_parameters
 from lora.attach import HEAD, linear_layers
-from models import Decoder, DecoderConfig, save_model
+from models import Decoder, DecoderConfig
 from models.attention import apply_rope, llama3_factors, rope_frequencies, rope_tables
 from models.config import RopeConfig
 from models.decoder import RMSNorm
@@ -37,7 +28,6 @@ from optim import SCHEDULES, decay_groups, learning_rate
 from quant import dequantize, dynamic_map, nf4_codebook, quantize, to_bnb_state_dict
 from quant.blockwise import unpack
 from quant.double_quant import dequantize_absmax, quantize_absmax
-from tests.small_llama import small_decoder
 from trainers.checkpoint import save_checkpoint
 from trainers.run_folder import environment
 from trainers.sft import sft_loss
@@ -346,13 +336,6 @@ def test_bitsandbytes_state_dict() -> None:
     assert json_blocks()[0].strip() == bytes(tensors["name.quant_state.bitsandbytes__nf4"].tolist()).decode()
     assert_says(FORMATS, f"n = {q.numel:,} weights, {q.n_blocks:,} blocks")
     assert_says(FORMATS, f"{q.nbytes:,} bytes, maps aside: {q.bits_per_param:.4f} bits a weight")
-
-
-def test_a_4_bit_folder(tmp_path: Path) -> None:
-    model = quantize_model(small_decoder().bfloat16())
-    save_model(model, tmp_path / "m")  # type: ignore[arg-type]
-    written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
-    assert json.loads(json_blocks()[1]) == written
 
 
 def test_adapter_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ dense ones back: test_load.py; what transformers makes of both: tests/peers."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_a_4_bit_model_comes_back_to_the_bit(
             assert all(torch.equal(found.tensors()[key], tensor) for key, tensor in q.tensors().items())
         assert again.lm_head.weight is again.model.embed_tokens.weight
         model = again
+
+
+def test_the_config_of_a_4_bit_folder_is_the_one_in_the_docs(tmp_path: Path) -> None:
+    save_model(quantize_model(small_decoder().bfloat16()), tmp_path / "m")  # type: ignore[arg-type]
+    written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    shown = [json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+    assert written in shown
 
 
 def test_the_dtype_of_a_4_bit_folder_can_be_chosen(tmp_path: Path) -> None:
