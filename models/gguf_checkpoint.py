@@ -44,6 +44,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+SCALING = ("type", "factor", "original_context_length", "finetuned")  # what rope.scaling may have
 REORDERED = ("llama", "smollm3")  # the rows of q and k
 
 
@@ -139,9 +140,12 @@ def _config(header: GGUFHeader) -> DecoderConfig:
     }
     kind = of("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported in GGUF: none, linear, yarn")
+        raise ValueError(f'{where}: rope type "{kind}" is not supported; supported in GGUF: none, linear, yarn')
     if kind != "none":
         raw["rope_scaling"] = {"rope_type": kind, "factor": of("rope.scaling.factor")}
+    unknown = [key for key in data if key.startswith(f"{family}.rope.scaling.") and key.split(".", 3)[3] not in SCALING]
+    if unknown and kind != "none":
+        raise ValueError(f"{where}: {unknown[0]} is not supported; supported beside it: {', '.join(SCALING)}")
     if kind == "yarn":
         raw["rope_scaling"]["original_max_position_embeddings"] = of("rope.scaling.original_context_length")
     if family == "llama" and raw["sliding_window"] is not None:

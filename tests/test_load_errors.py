@@ -214,8 +214,13 @@ def test_a_gguf_file_with_any_byte_of_its_header_changed_raises_nothing_but_valu
     [
         ({"expert_count": 8}, "num_local_experts must be null or 0, got 8"),
         ({"rope__dimension_count": 4}, r"llama\.rope\.dimension_count must be the head size, 8, got 4"),
-        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, 'rope type "yarn" is not supported'),
+        ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, 'rope type "longrope" is not supported'),
+        (
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0, "rope__scaling__attn_factor": 1.5},
+            r"llama\.rope\.scaling\.attn_factor is not supported; supported beside it: type, factor",
+        ),
         ({"attention__head_count_kv": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
+        ({"block_count": 2**31}, r"llama\.block_count is 2147483648, and the file has 21 tensors"),
         ({"block_count": 3}, r"tensor model\.layers: the config has 3 layers, the file 2"),
         ({"feed_forward_length": 99}, r"tensor blk\.0\.ffn_gate\.weight has shape \(80, 48\), the config needs"),
     ],

@@ -173,3 +173,20 @@ def test_the_config_that_we_write_is_theirs(tmp_path: Path) -> None:
     save_model(load_model(tmp_path / "theirs"), tmp_path / "ours")
     raws = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours")]
     assert raws[0]["quantization_config"] == raws[1]["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("MistralForCausalLM", {"windows": (5, 5)}),
+        ("Qwen2ForCausalLM", {"qkv_bias": True}),
+        ("Qwen3ForCausalLM", {"qk_norm": True}),
+        ("SmolLM3ForCausalLM", {"num_hidden_layers": 4, "rope_layers": (True, True, True, False)}),
+    ],
+)
+def test_the_other_families(family: str, changes: dict[str, Any], tmp_path: Path, said: list[str]) -> None:
+    model = small_decoder(**SIZES, architecture=family, initializer_range=0.1, **changes)
+    save_model(model, tmp_path / "dense")
+    save_model(load_model(tmp_path / "dense", quantize="nf4"), tmp_path / "ours")
+    assert_equal_logits(load_model(tmp_path / "ours"), tmp_path / "ours")
+    assert said == []

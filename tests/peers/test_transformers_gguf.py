@@ -1,15 +1,32 @@
-"""Tokenizers of GGUF files, each pre-tokenizer by its name and SentencePiece, against those that transformers makes."""
+"""GGUF files of each family, and tokenizers of GGUF files (each pre-tokenizer by its name, and SentencePiece), against
+what transformers makes of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, Qwen2Tokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-from models import load_tokenizer
+from models import load_model, load_tokenizer
 from tests import test_gguf_sentencepiece as sentencepiece
 from tests import test_tokenizer as byte_level
+from tests.small_llama import MISTRAL, QWEN2, QWEN3, assert_close, small_decoder, write_gguf
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [MISTRAL, QWEN2, QWEN3 | {"head_dim": 128}], ids=["mistral", "qwen2", "qwen3"])
+def test_their_logits_of_a_file(family: dict[str, Any], tmp_path: Path) -> None:
+    """Both libraries read one file: names, row order, biases, norms, epsilon. (Theirs takes 128 for the head size of a
+    Qwen3, whatever the file says, and knows none with biases.)"""
+    ours = small_decoder(**family, rms_norm_eps=1e-3)
+    write_gguf(ours, tmp_path / "m.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    ids = torch.randint(0, 96, (2, 30))
+    assert_close(load_model(tmp_path / "m.gguf")(ids), theirs(ids).logits)
+
 
 TEXTS = [
     "It's 12:45 on 2024-05-17, ISN'T it? We'LL see; abcd ABab aBC",
