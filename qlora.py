@@ -26,6 +26,12 @@ COMMANDS = {
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),
+    "quantize": ("commands.quantize", "QuantizeArgs", "write a model as a 4-bit folder, in bitsandbytes' format"),
+    "merge": (
+        "commands.merge",
+        "MergeArgs",
+        "make an adapter part of its base, dense or in 4 bits, and say what it costs",
+    ),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
     "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),

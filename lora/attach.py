@@ -62,8 +62,11 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> 
 
 def is_target(path: str, config: LoRAConfig) -> bool:
     """Whether the linear layer at `path` gets an adapter; the head does only when it is named."""
-    is_head = path.rsplit(".", 1)[-1] == HEAD
-    return config.targets(path) and not (is_head and config.target_modules == ALL_LINEAR)
+    return config.targets(path) and not (is_head(path) and config.target_modules == ALL_LINEAR)
+
+
+def is_head(path: str) -> bool:
+    return path.rsplit(".", 1)[-1] == HEAD
 
 
 def _check_others(model: nn.Module, linear: Collection[str], config: LoRAConfig) -> None:

@@ -37,9 +37,11 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Contents reach the disk before the name does."""
+    """Contents reach the disk before the name does. Files get the usual mode: safetensors' are their owner's alone."""
+    mode = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 

@@ -2,11 +2,18 @@
 
     W' = cast(W + s · B A)        W: the dense weight, or dequantize(q); the sum in fp32, one rounding at the end
 
+Rounding to 4 bits is another matter than rounding to bf16. dequantize(q) lies on the 4-bit levels already, and updates
+smaller than half a step leave it there: quantizing the sum gives q back, and the adapter is gone. Original weights lie
+anywhere between the levels, so that such updates come through on the average, beside the rounding errors of W itself;
+a dense base is merged into 4 bits with `quant_type`. `qlora merge` measures what either costs.
+
 A merged layer is an ordinary linear layer. The layers that it replaced stay, untouched, in the MergeReport: putting
 them back is exact, where subtracting s · BA from W' would not be. Drop the report to free them.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +22,7 @@ import kernels
 from quant import QuantizedTensor
 
 from .adapters import adapter_state, lora_layers
-from .attach import replace_module
+from .attach import is_head, replace_module
 from .config import LoRAConfig
 from .linear import LoRALinear, base_weight
 from .linear_nf4 import LinearNF4
@@ -27,21 +34,39 @@ class MergeReport:
 
     adapter: str
     weight_error: dict[str, float]
-    """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Above 1, rounding outweighs the adapter."""
+    """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Near 1 where rounding took the adapter back."""
+    adapter_size: dict[str, float]
+    """By path: ‖s·BA‖."""
     originals: dict[str, LoRALinear]
     config: LoRAConfig
     active: tuple[str, ...]
     """The adapters that were active before."""
 
+    @property
+    def total_error(self) -> float:
+        """weight_error of all layers together, as if they were one matrix: ‖errors‖ / ‖s·BA‖."""
+        sizes = [size or 1.0 for size in self.adapter_size.values()]  # of a zero adapter the error is absolute
+        errors = [error * size for error, size in zip(self.weight_error.values(), sizes, strict=True)]
+        return math.hypot(*errors) / (math.hypot(*self.adapter_size.values()) or 1.0)
+
 
 def merge_adapter(
-    model: nn.Module, name: str = "default", into: str = "dense", dtype: torch.dtype | None = None
+    model: nn.Module,
+    name: str = "default",
+    into: str = "dense",
+    dtype: torch.dtype | None = None,
+    *,
+    quant_type: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
 ) -> MergeReport:
     """Replace each layer of adapter `name` by one merged layer, in place; the model then has no adapter of that name.
 
     into: "dense" (nn.Linear, in `dtype`, by default the dtype of the dense or quantized weight) or "nf4" (quantized
-    again as the base was; a dense base raises ValueError). Raises ValueError for an unknown adapter or `into`, and
-    when another adapter sits on the same layers. On an error the model is as it was.
+    again as the base was). A dense base is merged into "nf4" only with a quant_type, nf4 or fp4, whose blocks are then
+    of `blocksize`; the head stays dense. Raises ValueError without one, for an unknown adapter or `into`, when
+    another adapter sits on the same layers, and when a merged weight is NaN or infinite. On an error the model is as it
+    was.
     """
     state = adapter_state(model)
     if name not in state.configs:
@@ -52,10 +77,13 @@ def merge_adapter(
     others = sorted({other for layer in layers.values() for other in layer.lora_A} - {name})
     if others:
         raise ValueError(f"merging {name!r} would lose {others}, on the same layers: merge before adding another")
-    merged = {path: _merged(layer, name, into, dtype) for path, layer in layers.items()}
-    for path, (new, _) in merged.items():
+    form = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    merged = {path: _merged(path, layer, name, into, dtype, form) for path, layer in layers.items()}
+    for path, (new, _, _) in merged.items():
         replace_module(model, path, new)
-    report = MergeReport(name, {path: e for path, (_, e) in merged.items()}, layers, state.configs[name], state.active)
+    errors = {path: error for path, (_, error, _) in merged.items()}
+    sizes = {path: size for path, (_, _, size) in merged.items()}
+    report = MergeReport(name, errors, sizes, layers, state.configs[name], state.active)
     del state.configs[name]
     state.active = tuple(active for active in state.active if active != name)
     return report
@@ -77,30 +105,39 @@ def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
 
 
 @torch.no_grad()
-def _merged(layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+def _merged(
+    path: str, layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None, form: dict[str, Any]
+) -> tuple[nn.Module, float, float]:
+    """(the merged layer, its relative error, the size of the adapter there)."""
     base = base_weight(layer.base_layer)
     delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
     exact = _dense(base) + delta
     bias = layer.base_layer.bias
-    if into == "nf4":
-        if not isinstance(base, QuantizedTensor):
-            raise ValueError("into='nf4' needs a 4-bit base: quantize the model first, or merge into 'dense'")
-        q = kernels.quantize(
-            exact.to(base.dtype), quant_type=base.quant_type, blocksize=base.blocksize, double_quant=base.double_quant
-        )
-        return LinearNF4(q, bias), _relative_error(kernels.dequantize(q), exact, delta)
+    stays_dense = isinstance(base, Tensor) and is_head(path) and form["quant_type"]
+    if into == "nf4" and not stays_dense:
+        if isinstance(base, QuantizedTensor):
+            form = {"quant_type": base.quant_type, "blocksize": base.blocksize, "double_quant": base.double_quant}
+        elif form["quant_type"] is None:
+            raise ValueError(
+                f"into='nf4' needs a 4-bit base, and {path} is dense: quantize the model first, or merge into 'dense'"
+            )
+        q = kernels.quantize(exact.to(base.dtype), **form)
+        return LinearNF4(q, bias), *_error_and_size(kernels.dequantize(q), exact, delta)
     merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    merged.weight = nn.Parameter(exact.to(dtype or base.dtype), requires_grad=False)
+    dtype = dtype or base.dtype
+    merged.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
+    if not torch.isfinite(merged.weight).all():
+        raise ValueError(f"merging {path} gives NaN or infinity in {str(dtype).removeprefix('torch.')}")
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return merged, _relative_error(merged.weight, exact, delta)
+    return merged, *_error_and_size(merged.weight, exact, delta)
 
 
 def _dense(base: Tensor | QuantizedTensor) -> Tensor:
     return kernels.dequantize(base, torch.float32) if isinstance(base, QuantizedTensor) else base.float()
 
 
-def _relative_error(weight: Tensor, exact: Tensor, delta: Tensor) -> float:
+def _error_and_size(weight: Tensor, exact: Tensor, delta: Tensor) -> tuple[float, float]:
     size = float(delta.double().norm())
     error = float((weight.double() - exact.double()).norm())
-    return error / size if size else error
+    return error / size if size else error, size

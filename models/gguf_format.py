@@ -61,7 +61,14 @@ def read_header(path: Path) -> GGUFHeader:
         if version not in (2, 3):
             raise ValueError(f"{path}: GGUF version must be 2 or 3 (little-endian), found {version}")
         n_tensors, n_metadata = reader.count(), reader.count()
-        metadata = {reader.string(): reader.value(reader.scalar("I")) for _ in range(n_metadata)}
+        metadata: dict[str, Any] = {}
+        for _ in range(n_metadata):
+            key = reader.name()
+            if key in metadata:
+                raise ValueError(f"{path}: corrupt: {key} is in the metadata twice")
+            metadata[key] = reader.value(reader.scalar("I"))
+        if metadata.get("split.count", 1) != 1:
+            raise ValueError(f"{path}: is one of {metadata['split.count']} files of a split model; merge them first")
         table = [reader.tensor_entry() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
@@ -164,6 +171,13 @@ class _Reader:
         except UnicodeDecodeError:
             raise ValueError(f"{self.path}: corrupt: a string in the header is not utf-8: {data[:40]!r}") from None
 
+    def name(self) -> str:
+        """A string that errors may show: of a tensor, or a key."""
+        text = self.string()
+        if not text.isprintable() or len(text) > 200:
+            raise ValueError(f"{self.path}: corrupt: a name in the header is {text[:40]!r}")
+        return text
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
@@ -180,7 +194,7 @@ class _Reader:
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, shape in torch's order, ggml type, offset in the data)."""
-        name, n_dims = self.string(), self.scalar("I")
+        name, n_dims = self.name(), self.scalar("I")
         if not 1 <= n_dims <= 4:
             raise ValueError(f"{self.path}: corrupt: tensor {name} has {n_dims} dimensions")
         dims = [self.count() for _ in range(n_dims)]

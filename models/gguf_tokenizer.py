@@ -1,90 +1,125 @@
-"""A GGUF file's tokenizer, rebuilt as Hugging Face's tokenizer.json: byte-level BPE, `tokenizer.ggml.model` gpt2.
+"""A GGUF file's tokenizer, rebuilt as Hugging Face's tokenizer.json. `tokenizer.ggml.model` names its kind.
 
-Text is cut into pieces, and BPE never merges across a cut; how to cut is not stored but named in
-`tokenizer.ggml.pre`. The wrong cut gives ids that the model never saw, without any error, so a name that is not in
-PRE_TOKENIZERS is refused.
+    gpt2     byte-level BPE, merges and all. Text is cut into pieces, and BPE never merges across a cut; how to cut is
+             not stored but named in `tokenizer.ggml.pre`
+    llama    SentencePiece's BPE, without merges: gguf_sentencepiece.py
 
-    gpt-2       words with their leading space, digits, other characters, spaces
-    smollm      every digit alone first, then as gpt-2
-    llama-bpe   Llama 3's; a piece that is a token as a whole needs no merges
+The wrong cut gives ids that the model never saw, without any error, so a name that is not in PRE_TOKENIZERS is refused.
 
-A family that comes later adds its name here. Left out: sentencepiece (`llama`), unigram and WordPiece vocabularies.
+    gpt-2                         words with their leading space, digits, other characters, spaces
+    smollm                        every digit alone first, then as gpt-2
+    llama-bpe, llama3, llama-v3   Llama 3's: digits by three; a piece that is a token as a whole needs no merges
+    qwen2                         the same with every digit alone; text is composed (NFC) first
+    deepseek-r1-qwen              the same, and text stays as it is
+    tekken                        Mistral's: words are cut where lower case turns to upper case
+
+A family that comes later adds its name here. Left out: unigram and WordPiece vocabularies.
 """
 
-from typing import Any
+import math
+from collections import Counter
+from typing import Any, NamedTuple
 
 from .gguf_format import GGUFHeader
+from .gguf_sentencepiece import sentencepiece_json
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-LLAMA3_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def _split(pattern: str) -> list[dict[str, Any]]:
+    return [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        BYTE_LEVEL | {"use_regex": False},
+    ]
+
+
+class PreTokenizer(NamedTuple):
+    pieces: list[dict[str, Any]]
+    """tokenizer.json's pre-tokenizers, one after another"""
+    whole: bool = False
+    """a piece that is a token is taken whole, and the model expects BOS"""
+    composed: bool = False
+    """text is normalized to NFC first"""
+
+
 GPT2: list[dict[str, Any]] = [BYTE_LEVEL | {"use_regex": True}]
-SMOLLM = [{"type": "Digits", "individual_digits": True}, *GPT2]
-LLAMA3: list[dict[str, Any]] = [
-    {"type": "Split", "pattern": {"Regex": LLAMA3_PIECES}, "behavior": "Isolated", "invert": False},
-    BYTE_LEVEL | {"use_regex": False},
-]
-PRE_TOKENIZERS = {"gpt-2": GPT2, "smollm": SMOLLM, "llama-bpe": LLAMA3}
+LLAMA3 = _split(rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}")
+QWEN2 = _split(rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}")
+TEKKEN = _split(
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
+)
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer(GPT2),
+    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, *GPT2]),
+    "llama-bpe": PreTokenizer(LLAMA3, whole=True),
+    "llama3": PreTokenizer(LLAMA3, whole=True),
+    "llama-v3": PreTokenizer(LLAMA3, whole=True),
+    "qwen2": PreTokenizer(QWEN2, composed=True),
+    "deepseek-r1-qwen": PreTokenizer(QWEN2),
+    "tekken": PreTokenizer(TEKKEN, whole=True),
+}
+MODELS = ("gpt2", "llama")
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a `llama` file names none
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 
 
 def gguf_tokenizer_files(header: GGUFHeader) -> dict[str, Any]:
     """tokenizer, config, chat_template and eos_ids of a TokenizerFiles.
 
-    Raises ValueError when the file has no vocabulary, or one of another kind.
+    Raises ValueError when the file has no vocabulary, a damaged one, or one of another kind.
     """
     data, where = header.metadata, str(header.path)
-    tokens = _strings(header, "tokens")
-    merges = _strings(header, "merges")
+    tokens = _list(header, "tokens", str)
     model, pre = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        raise ValueError(f"{where}: tokenizer model {model!r} is not supported; supported in GGUF: gpt2")
-    if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(f"{where}: pre-tokenizer {pre!r} is not supported; supported in GGUF: {known}")
-    types = data.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise ValueError(f"{where}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    if model not in MODELS:
+        raise ValueError(f"{where}: tokenizer model {model!r} is not supported; supported in GGUF: {', '.join(MODELS)}")
+    for token, times in Counter(tokens).most_common(1):
+        if times > 1:
+            raise ValueError(f"{where}: tokenizer.ggml.tokens has {token[:40]!r} {times} times")
+    types = _list(header, "token_type", int, [1] * len(tokens), len(tokens))
     config: dict[str, Any] = {key: _token(header, tokens, name) for key, name in SPECIAL.items()}
+    if model == "gpt2":
+        tokenizer, adds_bos = _byte_level_json(header, tokens, pre)
+    else:
+        scores = _list(header, "scores", float, None, len(tokens))
+        prefix = _flag(header, "add_space_prefix", True)
+        tokenizer, adds_bos = sentencepiece_json(where, tokens, scores, types, config["unk_token"], prefix), True
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["add_bos_token"] = bool(data.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
+    config["add_bos_token"] = _flag(header, "add_bos_token", adds_bos)
     config["clean_up_tokenization_spaces"] = False
-    eos_ids = [data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    template = data.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{where}: tokenizer.chat_template must be text, got {type(template).__name__}")
+    tokenizer["added_tokens"] = _added(tokens, types)
+    tokenizer["post_processor"] = (
+        _bos_first(tokens, config) if config["add_bos_token"] and config["bos_token"] else None
+    )
+    ends = [_token(header, tokens, name) for name in ("eos", "eot", "eom")]
     return {
-        "tokenizer": _tokenizer_json(tokens, merges, types, pre, config),
+        "tokenizer": tokenizer,
         "config": config,
-        "chat_template": data.get("tokenizer.chat_template"),
-        "eos_ids": tuple(id for id in eos_ids if id is not None),
+        "chat_template": template,
+        "eos_ids": tuple(tokens.index(token) for token in ends if token is not None),
     }
 
 
-def _tokenizer_json(
-    tokens: list[str], merges: list[str], types: list[int], pre: str, config: dict[str, Any]
-) -> dict[str, Any]:
-    added = [
-        {
-            "id": id,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == CONTROL,
-        }
-        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    return {
+def _byte_level_json(header: GGUFHeader, tokens: list[str], pre: Any) -> tuple[dict[str, Any], bool]:
+    """(tokenizer.json without added tokens and post-processor, whether such models expect BOS)."""
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"{header.path}: pre-tokenizer {pre!r} is not supported; supported in GGUF: {known}")
+    kind = PRE_TOKENIZERS[pre]
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": _bos_first(tokens, config) if config["add_bos_token"] and config["bos_token"] else None,
+        "normalizer": {"type": "NFC"} if kind.composed else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": kind.pieces},
         "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE",
@@ -94,11 +129,29 @@ def _tokenizer_json(
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre == "llama-bpe",
+            "ignore_merges": kind.whole,
             "vocab": {token: id for id, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in merges],
+            "merges": [merge.split(" ") for merge in _list(header, "merges", str)],
         },
     }
+    return content, kind.whole
+
+
+def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    """The tokens that are matched whole, before anything is cut."""
+    return [
+        {
+            "id": id,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
 
 
 def _bos_first(tokens: list[str], config: dict[str, Any]) -> dict[str, Any]:
@@ -113,18 +166,36 @@ def _bos_first(tokens: list[str], config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _strings(header: GGUFHeader, key: str) -> list[str]:
-    value = header.metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{header.path}: tokenizer.ggml.{key} must be a list of strings, got {type(value).__name__}")
+def _list(
+    header: GGUFHeader, key: str, kind: type, default: list[Any] | None = None, length: int | None = None
+) -> list[Any]:
+    """A list of the metadata, of one kind, and of the length of the vocabulary."""
+    value = header.metadata.get(f"tokenizer.ggml.{key}", default)
+    name = {str: "strings", int: "integers", float: "numbers"}[kind]
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{header.path}: tokenizer.ggml.{key} must be a list of {name}, got {type(value).__name__}")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{header.path}: tokenizer.ggml.{key} has {len(value)} entries for {length} tokens")
+    if kind is float and not all(map(math.isfinite, value)):
+        raise ValueError(f"{header.path}: tokenizer.ggml.{key} holds NaN or infinity")
+    return value
+
+
+def _flag(header: GGUFHeader, key: str, default: bool) -> bool:
+    value = header.metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{header.path}: tokenizer.ggml.{key} must be true or false, got {value!r}")
     return value
 
 
 def _token(header: GGUFHeader, tokens: list[str], name: str) -> str | None:
     """The text of a special token, by its id in the metadata."""
-    id = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    is_sentencepiece = header.metadata.get("tokenizer.ggml.model") == "llama"
+    default = SENTENCEPIECE_IDS.get(name) if is_sentencepiece else None
+    id = header.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
     if id is None:
         return None
     if not isinstance(id, int) or not 0 <= id < len(tokens):
-        raise ValueError(f"{header.path}: tokenizer.ggml.{name}_token_id is {id!r}, outside the {len(tokens)} tokens")
+        shown = str(id)[:40]
+        raise ValueError(f"{header.path}: tokenizer.ggml.{name}_token_id is {shown}, outside the {len(tokens)} tokens")
     return tokens[id]

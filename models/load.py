@@ -3,7 +3,7 @@
     source → checkpoint (config, names, shapes)       files are opened, nothing is read
            → Decoder on the meta device               shapes without memory
            → names and shapes compared                every fault is found before the first weight is read
-           → each tensor: rows → dtype → its place, or rows → dtype → 4-bit codes
+           → each tensor: rows → dtype → its place, or rows → dtype → 4-bit codes, or stored 4-bit codes as they are
 
 What lies in memory beyond the finished model is a few row chunks of 4 MB: with `quantize` no dense layer ever
 exists whole. Rows are cast to `dtype` before they are quantized, so that the codes are those of the dense model.
@@ -26,7 +26,7 @@ from quant.blockwise import double_quantize
 
 from .config import DecoderConfig
 from .decoder import Decoder
-from .gguf_llama import GGUFCheckpoint
+from .gguf_checkpoint import GGUFCheckpoint
 from .safetensors_format import SafetensorsFolder, and_more
 from .source import locate
 
@@ -42,12 +42,20 @@ class Checkpoint(Protocol):
     config: DecoderConfig
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
+    quant_type: str | None
+    """of the weights that are stored in 4 bits; None: there are none"""
 
     def where(self, name: str) -> str:
         """The file and tensor, for errors."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start … stop (elements, of a 1-D tensor), in any float dtype; only valid until the next call."""
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the tensor is stored in 4 bits."""
+
+    def read_quantized(self, name: str) -> QuantizedTensor | None:
+        """The stored 4-bit codes, copied out of the file; None for a tensor that is dense."""
 
 
 def load_model(
@@ -63,20 +71,29 @@ def load_model(
 
     dtype: of every dense parameter, and of what 4-bit weights dequantize to; None keeps the checkpoint's (fp32 for a
     GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head.
+    A folder that is in bitsandbytes' 4 bits already is taken as it is: its codes, its block sizes, its dense layers.
     Raises ValueError, in one line naming the file and the tensor, when the source is missing, damaged, not supported,
-    or does not fit its config, and when a weight is NaN or infinite.
+    or does not fit its config, when it is in 4 bits of another type than `quantize`, and when a weight is NaN or
+    infinite.
     """
     _check_options(dtype, quantize, blocksize)
     path = locate(source)
     checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
     dtype = dtype or _supported(checkpoint.dtype, f"{path}: ")
+    if quantize is not None and checkpoint.quant_type not in (None, quantize):
+        raise ValueError(f"{path}: is in {checkpoint.quant_type} already, and cannot be loaded in {quantize}")
     _check_sizes(checkpoint)
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
     _check_tensors(model, checkpoint)
+    stored_in_4_bits = checkpoint.quant_type is not None
     for name, module in list(model.named_modules()):
-        if quantize is not None and isinstance(module, nn.Linear) and name != HEAD:
-            q = _read_quantized(checkpoint, f"{name}.weight", dtype, quantize, blocksize, double_quant, device)
+        weight, is_linear = f"{name}.weight", isinstance(module, nn.Linear)
+        if is_linear and (checkpoint.is_quantized(weight) or (quantize and name != HEAD and not stored_in_4_bits)):
+            if stored_in_4_bits:
+                q = _stored_quantized(checkpoint, weight, dtype, device)
+            else:
+                q = _read_quantized(checkpoint, weight, dtype, str(quantize), blocksize, double_quant, device)
             bias = None if module.bias is None else _read_dense(checkpoint, f"{name}.bias", dtype, device)
             replace_module(model, name, LinearNF4(q, bias))
             continue
@@ -140,13 +157,18 @@ def _check_tensors(model: Decoder, checkpoint: Checkpoint) -> None:
     if extra:
         names, family = sorted(extra), model.config.architecture
         raise ValueError(f"{checkpoint.where(names[0])} does not belong to a {family}{and_more(names)}")
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, shape in expected.items():
         _check_shape(checkpoint, name, shape)
+        if checkpoint.is_quantized(name) and name not in linear:
+            raise ValueError(f"{checkpoint.where(name)} is in 4 bits, which only linear layers can be")
 
 
 def _check_tied_head(checkpoint: Checkpoint, head: str) -> None:
     """A tied checkpoint may store its head as well, when it equals the embeddings."""
     embeddings = "model.embed_tokens.weight"
+    if checkpoint.is_quantized(head) or checkpoint.is_quantized(embeddings):
+        raise ValueError(f"{checkpoint.where(head)} is in 4 bits, which a head tied to its embeddings cannot be")
     same = checkpoint.shapes[head] == checkpoint.shapes[embeddings]
     for start, stop in _row_chunks(checkpoint.shapes[embeddings], 1):
         same = same and torch.equal(
@@ -183,6 +205,17 @@ def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: t
     for start, rows in _chunks(checkpoint, name, 1, dtype, device):
         out[start : start + len(rows)] = rows
     return out
+
+
+def _stored_quantized(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device | str
+) -> QuantizedTensor:
+    """The codes of the file, which are to dequantize to `dtype`."""
+    q = checkpoint.read_quantized(name)
+    assert q is not None
+    if q.scales().abs().max() > torch.finfo(dtype).max:
+        raise ValueError(f"{checkpoint.where(name)} has scales that {str(dtype).removeprefix('torch.')} cannot hold")
+    return replace(q, dtype=dtype).to(device)
 
 
 def _read_quantized(

@@ -1,17 +1,23 @@
 """save_model: a folder that transformers loads. config.json, weights in safetensors, the tokenizer's files.
 
-Above `max_shard_bytes` the weights go into model-00001-of-0000N.safetensors and so on, with an index that names the
-file of each tensor. A tied head is not stored. The folder is written aside and renamed when it is whole.
+Linear layers in 4 bits are written as bitsandbytes' (quant/bnb_format.py), and config.json gets the
+`quantization_config` by which transformers knows them. Above `max_shard_bytes` the weights go into
+model-00001-of-0000N.safetensors and so on, with an index that names the file of each tensor. A tied head is not stored.
+The folder is written aside and renamed when it is whole.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora import LinearNF4, LoRALinear
+from lora.attach import HEAD
 from lora.files import written_aside
+from quant import to_bnb_state_dict
+from quant.bnb_format import to_quantization_config
 
 from .decoder import Decoder
 from .safetensors_format import INDEX, SINGLE
@@ -23,17 +29,25 @@ SHARD_BYTES = 5_000_000_000
 def save_model(
     model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = None, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write a dense model, in the dtypes it has. A model folder that is there already is replaced.
+    """Write a model in the dtypes and the 4-bit codes it has. A model folder that is there already is replaced.
 
-    Raises ValueError when a layer is in 4 bits or wears an adapter, and when `folder` holds something else than a
-    model; OSError when it cannot be written.
+    Raises ValueError when a layer wears an adapter, when layers are in 4 bits of several types or of one that
+    bitsandbytes lacks, and when `folder` holds something else than a model; OSError when it cannot be written.
     """
     folder = Path(folder)
-    _check_dense(model)
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there already and is no model folder; it will not be replaced")
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    check_target(folder)
+    worn = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if worn:
+        raise ValueError(f"save_model writes models without adapters: {worn[0]} wears one; save or merge the adapter")
     raw = model.config.to_hf() | {"torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, LinearNF4)}
+    if quantized:
+        raw["quantization_config"] = _quantization_config(model, quantized)
+    tensors = _dense_tensors(model, quantized)
+    for name, layer in quantized.items():
+        tensors |= {
+            key: tensor.contiguous() for key, tensor in to_bnb_state_dict(layer.quantized, f"{name}.weight").items()
+        }
     with written_aside(folder) as aside:
         _write_json(aside / "config.json", raw)
         _write_weights(tensors, aside, max_shard_bytes)
@@ -41,12 +55,31 @@ def save_model(
             tokenizer.save(aside)
 
 
-def _check_dense(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            raise ValueError(f"save_model writes dense models: {name} wears an adapter; save or merge the adapter")
-        if isinstance(module, LinearNF4):
-            raise ValueError(f"save_model writes dense models: {name} is in 4 bits; load it without quantize, or merge")
+def check_target(folder: str | Path) -> None:
+    """Raises ValueError when `folder` holds something else than a model: it would be lost."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there already and is no model folder; it will not be replaced")
+
+
+def _dense_tensors(model: Decoder, quantized: dict[str, LinearNF4]) -> dict[str, Tensor]:
+    """Every parameter but the bytes of 4-bit layers; a tied one once."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
+    }
+
+
+def _quantization_config(model: Decoder, quantized: dict[str, LinearNF4]) -> dict[str, Any]:
+    """By default transformers takes every linear layer but the head to be in 4 bits: any other choice is listed."""
+    frames = [layer.quantized for layer in quantized.values()]
+    types = sorted({q.quant_type for q in frames})
+    if len(types) > 1:
+        raise ValueError(f"save_model writes 4-bit layers of one type, got {' and '.join(types)}")
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skipped = None if dense == [HEAD] else dense
+    return to_quantization_config(types[0], all(q.double_quant for q in frames), model.compute_dtype, skipped)
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:

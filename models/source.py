@@ -8,6 +8,7 @@ from .builtin import BUILTIN, builtin_path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER_FILES = ("*.json", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+IGNORED = ("*/*", "consolidated*")  # folders of other formats, and Mistral's own copy of the weights
 
 
 def locate(source: str | Path, files: tuple[str, ...] = MODEL_FILES) -> Path:
@@ -31,12 +32,16 @@ def locate(source: str | Path, files: tuple[str, ...] = MODEL_FILES) -> Path:
 
 
 def _downloaded(repo_id: str, files: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and most sources are local
+    from huggingface_hub import errors, snapshot_download  # slow to import, and most sources are local
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(files)))
+        return Path(snapshot_download(repo_id, allow_patterns=list(files), ignore_patterns=list(IGNORED)))
+    except errors.GatedRepoError:
+        reason = "it is gated: accept its terms on its page there, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such repository, or it is private: then log in with `hf auth login`"
+    except errors.LocalEntryNotFoundError:
+        reason = "it cannot be reached from here, and no copy is in its cache; a folder works offline"
     except Exception as error:  # the client passes on whatever its HTTP library raises
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{repo_id}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ValueError(f"{repo_id}: no such folder here, and the hub did not give it: {reason}") from None

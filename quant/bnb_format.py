@@ -9,11 +9,13 @@ For a weight called `name` (say `model.layers.0.mlp.up_proj.weight`):
     name.nested_quant_map                      fp32 (256,)             } double quantization only
     name.quant_state.bitsandbytes__nf4         uint8 (length,)      JSON in UTF-8: type, sizes, dtype, shape, offset
 
-Only nf4 and fp4 exist there.
+Only nf4 and fp4 exist there. A folder that transformers writes holds such weights and says so in config.json, under
+`quantization_config`; every weight carries its own sizes, so that reading needs no more of it than its method.
 """
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -28,6 +30,9 @@ from .tensor import QuantizedTensor, shared_map
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FIELDS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+_STATE_BYTES = 1 << 20  # bitsandbytes writes some 170
+PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))")
+"""The key of any tensor beside a weight's packed codes; group 1 is the weight's name."""
 
 
 def to_bnb_state_dict(q: QuantizedTensor, name: str) -> dict[str, Tensor]:
@@ -63,13 +68,10 @@ def from_bnb_state_dict(tensors: Mapping[str, Tensor], name: str) -> QuantizedTe
     """The weight `name` of a bitsandbytes state dict, to the bit.
 
     Raises ValueError, naming the key, for a missing tensor, a field that is absent or unknown, a size that does not
-    follow from the shape, or a code book that is not the one its type has.
+    follow from the shape, a code book that is not the one its type has, or scales that are NaN or infinite.
     """
-    quant_type = _quant_type(tensors, name)
-    state_key = f"{name}.quant_state.bitsandbytes__{quant_type}"
-    state = _read_state(tensors[state_key], state_key)
-    if state["quant_type"] != quant_type:
-        raise ValueError(f"{state_key} must hold quant_type {quant_type!r}, got {state['quant_type']!r}")
+    state = read_quant_state(tensors, name)
+    quant_type = state["quant_type"]
     shape = tuple(state["shape"])
     n = math.prod(shape)
     n_blocks = -(-n // state["blocksize"])
@@ -90,7 +92,7 @@ def from_bnb_state_dict(tensors: Mapping[str, Tensor], name: str) -> QuantizedTe
             "absmax_offset": torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device),
             "blocksize2": state["nested_blocksize"],
         }
-    return QuantizedTensor(
+    q = QuantizedTensor(
         packed=packed,
         code=_known_map(tensors, f"{name}.quant_map", codebook(quant_type)),
         blocksize=state["blocksize"],
@@ -99,6 +101,56 @@ def from_bnb_state_dict(tensors: Mapping[str, Tensor], name: str) -> QuantizedTe
         quant_type=quant_type,
         **scales,
     )
+    if not torch.isfinite(q.scales()).all():
+        raise ValueError(f"{name}.absmax holds NaN or infinity")
+    return q
+
+
+def read_quant_state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """The JSON beside the weight `name`: quant_type, blocksize, dtype, shape and, nested, three fields more. Checked.
+
+    Raises ValueError, naming the key, when it is missing or is not what bitsandbytes writes.
+    """
+    quant_type = _quant_type(tensors, name)
+    key = f"{name}.quant_state.bitsandbytes__{quant_type}"
+    state = _read_state(tensors[key], key)
+    if state["quant_type"] != quant_type:
+        raise ValueError(f"{key} must hold quant_type {quant_type!r}, got {state['quant_type']!r}")
+    return state
+
+
+def to_quantization_config(
+    quant_type: str, double_quant: bool, compute_dtype: torch.dtype, skip_modules: list[str] | None
+) -> dict[str, Any]:
+    """`quantization_config` of config.json, as transformers writes it.
+
+    skip_modules: the linear layers that are dense; None says that it is the output layer alone.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+def check_quantization_config(config: Any, where: str) -> None:
+    """Raises ValueError unless `quantization_config` announces bitsandbytes' 4-bit weights."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: quantization_config must be an object, got {type(config).__name__}")
+    method = config.get("quant_method", "bitsandbytes")  # old files name none
+    if method != "bitsandbytes" or config.get("load_in_4bit") is not True:
+        found = "bitsandbytes without load_in_4bit" if method == "bitsandbytes" else repr(method)[:60]
+        raise ValueError(f"{where}: quantization {found} is not supported; supported: bitsandbytes with load_in_4bit")
 
 
 def _quant_type(tensors: Mapping[str, Tensor], name: str) -> str:
@@ -110,6 +162,8 @@ def _quant_type(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _read_state(tensor: Tensor, key: str) -> dict[str, Any]:
+    if tensor.numel() > _STATE_BYTES:
+        raise ValueError(f"{key} must hold at most {_STATE_BYTES} bytes of JSON, got {tensor.numel()}")
     try:
         state = json.loads(bytes(tensor.cpu().tolist()))
     except (ValueError, TypeError, RecursionError) as error:

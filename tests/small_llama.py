@@ -95,15 +95,19 @@ def small_decoder(**changes: Any) -> Decoder:
     return model.eval()
 
 
-def write_gguf(
-    model: Decoder, path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None, **metadata: Any
-) -> None:
-    """The model in llama.cpp's names and row order, each 2-D tensor in the kind of its name's ending, F32 by default.
+GGUF_FAMILIES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "SmolLM3ForCausalLM": gguf.MODEL_ARCH.SMOLLM3,
+}
 
-    metadata: llama.* settings to change or add, `.` written as `__`.
-    """
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+
+def gguf_writer(config: DecoderConfig, path: Path, **metadata: Any) -> gguf.GGUFWriter:
+    """A writer with the model's settings. metadata: settings to change or add, `.` written as `__`."""
+    family = gguf.MODEL_ARCH_NAMES[GGUF_FAMILIES[config.architecture]]
+    writer = gguf.GGUFWriter(path, family)
     settings = {
         "vocab_size": config.vocab_size,
         "block_count": config.num_hidden_layers,
@@ -119,23 +123,47 @@ def write_gguf(
     settings |= {key.replace("__", "."): value for key, value in metadata.items()}
     for key, value in settings.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"llama.{key}", value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.named_parameters():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        values = permuted(tensor.detach(), heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else tensor
-        kind = next((k for end, k in (kinds or {}).items() if name.endswith(end)), gguf.GGMLQuantizationType.F32)
-        array = values.detach().float().numpy()
-        writer.add_tensor(
-            stored, gguf.quantize(array, kind) if tensor.ndim == 2 else array, raw_dtype=kind_of(kind, tensor)
-        )
-    if config.rope.rope_type == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
+        add(f"{family}.{key}", value)
+    return writer
+
+
+def gguf_names(model: Decoder) -> dict[str, str]:
+    """What llama.cpp calls each parameter."""
+    family = GGUF_FAMILIES[model.config.architecture]
+    names = gguf.get_tensor_name_map(family, model.config.num_hidden_layers)
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name, _ in model.named_parameters()}
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gguf(
+    model: Decoder, path: Path, kinds: dict[str, gguf.GGMLQuantizationType] | None = None, **metadata: Any
+) -> None:
+    """The model in llama.cpp's names and row order, each 2-D tensor in the kind of its name's ending, F32 by default.
+
+    metadata: settings to change or add, `.` written as `__`.
+    """
+    config = model.config
+    writer = gguf_writer(config, path, **metadata)
+    names = gguf_names(model)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if config.architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        heads = {}  # their rows keep Hugging Face's order
+    for name, tensor in model.named_parameters():
+        values = permuted(tensor.detach(), heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else tensor
+        kind = next((k for end, k in (kinds or {}).items() if name.endswith(end)), gguf.GGMLQuantizationType.F32)
+        array = values.detach().float().numpy()
+        writer.add_tensor(
+            names[name], gguf.quantize(array, kind) if tensor.ndim == 2 else array, raw_dtype=kind_of(kind, tensor)
+        )
+    if config.rope.rope_type == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config))
+    finish(writer)
 
 
 def kind_of(kind: gguf.GGMLQuantizationType, tensor: Tensor) -> gguf.GGMLQuantizationType:

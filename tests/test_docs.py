@@ -22,7 +22,7 @@ from models import Decoder, DecoderConfig
 from models.attention import apply_rope, llama3_factors, rope_frequencies, rope_tables
 from models.config import RopeConfig
 from models.decoder import RMSNorm
-from models.gguf_llama import GGUFCheckpoint
+from models.gguf_checkpoint import GGUFCheckpoint
 from models.sampling import candidates
 from optim import SCHEDULES, decay_groups, learning_rate
 from quant import dequantize, dynamic_map, nf4_codebook, quantize, to_bnb_state_dict
@@ -348,12 +348,13 @@ def test_adapter_files(tmp_path: Path) -> None:
         assert_holds(FORMATS, row(f"`{key}`", tuple(saved[key].shape), f"{saved[key].nbytes:,}"))
     size = sum(tensor.nbytes for tensor in saved.values())
     assert_says(FORMATS, f"{30 * len(saved)} tensors, {30 * size:,} bytes")
-    assert json.loads(json_blocks()[1]) == json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert json.loads(json_blocks()[2]) == json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
 
 
 def test_gguf_row_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.gguf_llama.read_rows", lambda header, name, start, stop: torch.arange(start, stop))
-    head = SimpleNamespace(header=None, stored_as={"q": "blk.0.attn_q.weight"}, config=SimpleNamespace(head_dim=8))
+    monkeypatch.setattr("models.gguf_checkpoint.read_rows", lambda header, name, start, stop: torch.arange(start, stop))
+    stored_as, config = {"q": "blk.0.attn_q.weight"}, SimpleNamespace(head_dim=8)
+    head = SimpleNamespace(header=None, reordered=True, stored_as=stored_as, config=config)
     read_from = GGUFCheckpoint.read_rows(head, "q", 0, 8).tolist()
     assert_holds(FORMATS, row("is read from row of the file", *read_from))
     assert_holds(FORMATS, row("is Hugging Face's row", *(read_from.index(stored) for stored in range(8))))

@@ -108,3 +108,12 @@ def test_the_folder_has_the_permissions_of_any_new_one(tmp_path: Path) -> None:
     write(tmp_path / "out", a="1")
     (tmp_path / "usual").mkdir()
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+
+
+def test_files_have_the_permissions_of_any_new_one(tmp_path: Path) -> None:
+    """Whatever wrote them: safetensors makes its files readable for their owner alone."""
+    (tmp_path / "plain").write_text("1")
+    with written_aside(tmp_path / "out") as aside:
+        (aside / "a").write_text("1")
+        (aside / "a").chmod(0o600)
+    assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -15,10 +15,13 @@ import huggingface_hub
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from models import load_model, save_model
 from models.builtin import builtin_path
 from models.gguf_format import PLAIN, read_header
+from models.safetensors_format import INDEX
 from models.source import locate
 from tests.small_llama import LLAMA3, change_tensors, small_decoder, write_gguf
 
@@ -121,6 +124,57 @@ def test_a_damaged_folder_is_one_clear_line(damage: str, quantize: str | None, f
     assert "\n" not in str(caught.value)
 
 
+def shards_of(folder: Path) -> dict[str, str]:
+    """Cut the folder into shards; returns its weight_map."""
+    save_model(load_model(folder), folder, max_shard_bytes=20_000)
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m | {"model.norm.weight": m["model.embed_tokens.weight"]},
+            r"places model\.norm\.weight in .*00001-of-",
+        ),
+        (lambda m: m | {"x.weight": m["model.norm.weight"]}, r"places x\.weight in .*, which does not hold it"),
+        (lambda m: m | {"x\ny": m["model.norm.weight"]}, r"places x\\ny in "),
+        (
+            lambda m: m | {"model.norm.weight": "a" * 5000},
+            r"weight_map names a{200}, which is not a file of this folder",
+        ),
+        (
+            lambda m: m | {"model.norm.weight": "/etc/hostname"},
+            "names /etc/hostname, which is not a file of this folder",
+        ),
+        (
+            lambda m: m | {"model.norm.weight": ".."},
+            r"names \.\., which (is not a file of this folder|the folder lacks)",
+        ),
+        (lambda m: m | {"model.norm.weight": 7}, "names 7, which the folder lacks"),
+        (lambda m: m | {"model.norm.weight": "config.json"}, r"config\.json: truncated or corrupt safetensors file"),
+        (lambda m: list(m), "weight_map must be an object of tensor names and files"),
+        (lambda m: {}, "weight_map must be an object of tensor names and files"),
+    ],
+    ids=range(10),
+)
+def test_a_list_of_shards_that_lies(change: Callable[[Any], Any], message: str, folder: Path) -> None:
+    weight_map = shards_of(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": change(weight_map)}))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_tensor_that_is_in_two_shards(folder: Path) -> None:
+    weight_map = shards_of(folder)
+    first, last = (folder / weight_map[name] for name in ("model.embed_tokens.weight", "model.norm.weight"))
+    save_file(load_file(first) | {"model.norm.weight": torch.ones(48)}, first)
+    with pytest.raises(ValueError, match=rf"tensor model\.norm\.weight is in {last.name} as well"):
+        load_model(folder)
+
+
 def test_values_that_the_dtype_cannot_hold(folder: Path) -> None:
     with_value(1e6)(folder)
     load_model(folder)
@@ -160,8 +214,13 @@ def test_a_gguf_file_with_any_byte_of_its_header_changed_raises_nothing_but_valu
     [
         ({"expert_count": 8}, "num_local_experts must be null or 0, got 8"),
         ({"rope__dimension_count": 4}, r"llama\.rope\.dimension_count must be the head size, 8, got 4"),
-        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, 'rope type "yarn" is not supported'),
+        ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, 'rope type "longrope" is not supported'),
+        (
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0, "rope__scaling__attn_factor": 1.5},
+            r"llama\.rope\.scaling\.attn_factor is not supported; supported beside it: type, factor",
+        ),
         ({"attention__head_count_kv": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
+        ({"block_count": 2**31}, r"llama\.block_count is 2147483648, and the file has 21 tensors"),
         ({"block_count": 3}, r"tensor model\.layers: the config has 3 layers, the file 2"),
         ({"feed_forward_length": 99}, r"tensor blk\.0\.ffn_gate\.weight has shape \(80, 48\), the config needs"),
     ],
@@ -218,20 +277,52 @@ def test_a_hub_id_goes_to_the_hub(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[Any, ...]] = []
 
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, allow_patterns))
+    def download(repo_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns, ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("org/small-model_1.0").config == load_model(folder).config
-    assert asked == [("org/small-model_1.0", ["*.json", "*.jinja", "*.safetensors"])]
+    wanted = ["*.json", "*.jinja", "*.safetensors"]
+    assert asked == [("org/small-model_1.0", wanted, ["*/*", "consolidated*"])]
+    there = ["config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "model.safetensors.index.json"]
+    pickles = ["pytorch_model.bin", "model.pkl", "training_args.bin", "original/consolidated.00.pth", "x.pt", "run.py"]
+    copies = ["consolidated.safetensors", "onnx/config.json", "original/model.safetensors"]
+    fetched = filter_repo_objects([*there, *pickles, *copies], allow_patterns=wanted, ignore_patterns=asked[0][2])
+    assert list(fetched) == there
 
 
 def test_a_hub_that_is_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="org/model: no such folder here, and the hub did not give it") as caught:
+    with pytest.raises(
+        ValueError, match="org/model: no such folder here, and the hub did not give it: it cannot be rea"
+    ) as caught:
+        load_model("org/model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GatedRepoError", "it is gated: accept its terms"),
+        ("RepositoryNotFoundError", "there is no such repository, or it is private"),
+        ("LocalEntryNotFoundError", "it cannot be reached from here"),
+        ("", "OSError: disk full at line two$"),
+    ],
+)
+def test_what_the_hub_says_becomes_one_line(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind = getattr(huggingface_hub.errors, name) if name else OSError
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise kind.__new__(kind) if name else OSError("disk full\nat line two")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=f"org/model: .*the hub did not give it: {message}") as caught:
         load_model("org/model")
     assert "\n" not in str(caught.value)
 

@@ -198,6 +198,13 @@ def test_a_sum_that_is_not_finite_is_refused_before_anything_is_replaced() -> No
     refused(model, "finite weights", into="nf4")
 
 
+def test_a_dense_sum_that_its_dtype_cannot_hold_is_refused() -> None:
+    model = a_model("dense")
+    with torch.no_grad():
+        lora_layers(model)[INSIDE[-1]].lora_B["default"][0, 0] = 1e6
+    refused(model, f"merging {INSIDE[-1]} gives NaN or infinity in float16", dtype=torch.float16)
+
+
 def test_another_adapter_on_the_same_layers_is_refused() -> None:
     model = a_model("dense")
     add_adapter(model, LoRAConfig(target_modules=["up_proj"]), "second")
@@ -210,3 +217,13 @@ def test_the_report_is_by_path() -> None:
     assert list(report.weight_error) == list(report.originals) == INSIDE
     assert report.adapter == "default"
     assert all(0 < error < 1 for error in report.weight_error.values())
+    sizes = {
+        path: layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
+        for path, layer in report.originals.items()
+    }
+    assert report.adapter_size == pytest.approx(
+        {path: float(delta.detach().norm()) for path, delta in sizes.items()}, rel=1e-5
+    )
+    errors = [report.weight_error[path] * report.adapter_size[path] for path in INSIDE]
+    wanted = sum(e**2 for e in errors) / sum(size**2 for size in report.adapter_size.values())
+    assert report.total_error == pytest.approx(wanted**0.5)

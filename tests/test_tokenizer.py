@@ -160,11 +160,19 @@ def test_the_template_keeps_every_byte_when_saved(tokenizer: Tokenizer, tmp_path
         ("smollm", "  123abcd", ["ĠĠ", "1", "2", "3", "abc", "d"]),
         ("llama-bpe", "  1234abcd", ["Ġ", "Ġ", "123", "4", "abcd"]),
         ("llama-bpe", "abcde", ["abc", "d", "e"]),
+        ("llama3", "1234abcd", ["123", "4", "abcd"]),
+        ("llama-v3", "abcd", ["abcd"]),
+        ("qwen2", "  123abcd", ["Ġ", "Ġ", "1", "2", "3", "abc", "d"]),
+        ("qwen2", "e\u0301", ["Ã", "©"]),
+        ("deepseek-r1-qwen", "12 e\u0301", ["1", "2", "Ġ", "e", "Ì", "ģ"]),
+        ("tekken", "12abcd aBab", ["1", "2", "abcd", "Ġ", "a", "B", "ab"]),
+        ("tekken", "aaBabC", ["a", "a", "B", "ab", "C"]),
     ],
 )
 def test_each_pre_tokenizer_cuts_as_its_name_says(pre: str, text: str, pieces: list[str], tmp_path: Path) -> None:
     """gpt-2: spaces but the last one, then ` 123` together; smollm: digits first; llama-bpe: up to three digits, and a
-    piece that is a token (abcd, which no merge reaches) is taken whole."""
+    piece that is a token (abcd, which no merge reaches) is taken whole; qwen2: digits alone, e and its accent composed;
+    tekken: digits alone, words end where a capital follows."""
     tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", pre=pre))
     assert tokenizer.encode(text) == [TOKENS.index(piece) for piece in pieces]
 
@@ -225,8 +233,11 @@ def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer model 'llama' is not supported; supported in GGUF: gpt2"),
-        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' is not supported; supported in GGUF: gpt-2, smollm, llama-bpe"),
+        ({"model": "t5"}, "tokenizer model 't5' is not supported; supported in GGUF: gpt2, llama"),
+        ({"pre": "falcon"}, "pre-tokenizer 'falcon' is not supported; supported in GGUF: gpt-2, smollm, llama-bpe"),
+        ({"tokens": [*TOKENS[:-1], "a"]}, "tokenizer.ggml.tokens has 'a' 2 times"),
+        ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false, got 1"),
+        ({"eot_token_id": 2**31}, "eot_token_id is 2147483648, outside the 265 tokens"),
         ({"leave_out": ("pre",)}, "pre-tokenizer None is not supported"),
         ({"leave_out": ("tokens",)}, "tokenizer.ggml.tokens must be a list of strings, got NoneType"),
         ({"merges": [1, 2]}, "tokenizer.ggml.merges must be a list of strings, got list"),

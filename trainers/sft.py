@@ -23,7 +23,7 @@ from data.batch import Batch, collate, step_rows
 from data.encode import Encoded, EncodedDataset, encode_dataset
 from data.schema import Schema, detect
 from data.sources import read_rows
-from lora import add_adapter, count_parameters, trainable_parameters
+from lora import LinearNF4, add_adapter, count_parameters, trainable_parameters
 from models import Decoder, Tokenizer, load_model, load_tokenizer
 from optim import decay_groups, learning_rate
 
@@ -146,6 +146,10 @@ def prepare_model(config: SFTConfig) -> Decoder:
     torch.manual_seed(config.seed)
     if config.method == "full":
         model = load_model(config.model, dtype=torch.float32)
+        if any(isinstance(module, LinearNF4) for module in model.modules()):
+            raise ValueError(
+                f"{config.model} is in 4 bits, which method full cannot train: take qlora, or a dense model"
+            )
         model.compute_dtype = dtype
     else:
         model = load_model(
