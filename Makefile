@@ -21,6 +21,9 @@ lint: .venv/dev
 # Ours beside the peers, on this machine; rewrites benchmarks/results and the README's tables.
 bench: .venv/dev
 	$(BIN)/python benchmarks/bench_train_step.py
+	$(BIN)/python benchmarks/bench_matmul.py
+	$(BIN)/python benchmarks/bench_dequantize.py
+	$(BIN)/python benchmarks/bench_quantize.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

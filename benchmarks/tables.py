@@ -39,6 +39,26 @@ TABLES: dict[str, dict[str, Column]] = {
         "memory ×": lambda row: f"{row['memory_ratio']}",
         "live tensors": gigabytes("live_tensor_bytes"),
     },
+    "matmul": {
+        "M × N × K": lambda row: f"{row['M']} × {row['N']} × {row['K']}",
+        "passes": lambda row: row["passes"],
+        "who": lambda row: row["arm"],
+        "with": lambda row: row["backend"] if row["arm"] == "ours" else "",
+        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
+        "× dense": lambda row: row["ratio"],
+    },
+    "dequantize": {
+        "N × K": lambda row: f"{row['N']} × {row['K']}",
+        "who": lambda row: row["arm"],
+        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
+        "× copy": lambda row: row["ratio"],
+    },
+    "quantize": {
+        "N × K": lambda row: f"{row['N']} × {row['K']}",
+        "who": lambda row: row["arm"],
+        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
+        "× bitsandbytes": lambda row: row["ratio"],
+    },
 }
 
 
