@@ -2,10 +2,12 @@
 
     W' = cast(W + s · B A)        W: the dense weight, or dequantize(q); the sum in fp32, one rounding at the end
 
-A merged layer is an ordinary linear layer. The layers that it replaced stay, untouched, in the MergeReport: putting
+A merged layer is an ordinary linear layer, with the adapter's bias where it has one; an embedding stays an embedding,
+and a module that was trained whole takes the place of the original, in its dtype. The layers that it replaced stay, untouched, in the MergeReport: putting
 them back is exact, where subtracting s · BA from W' would not be. Drop the report to free them.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 import kernels
 from quant import QuantizedTensor
 
-from .adapters import adapter_state, lora_layers
-from .attach import replace_module
+from .adapters import AdapterLayer, adapter_layers, adapter_state, replace_module
 from .config import LoRAConfig
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear, base_weight
 from .linear_nf4 import LinearNF4
+from .saved_module import SavedModule
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class MergeReport:
     adapter: str
     weight_error: dict[str, float]
     """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Above 1, rounding outweighs the adapter."""
-    originals: dict[str, LoRALinear]
+    originals: dict[str, AdapterLayer]
     config: LoRAConfig
     active: tuple[str, ...]
     """The adapters that were active before."""
@@ -48,8 +51,8 @@ def merge_adapter(
         raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
     if into not in ("dense", "nf4"):
         raise ValueError(f"into must be 'dense' or 'nf4', got {into!r}")
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    others = sorted({other for layer in layers.values() for other in layer.lora_A} - {name})
+    layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
+    others = sorted({other for layer in layers.values() for other in layer.adapters} - {name})
     if others:
         raise ValueError(f"merging {name!r} would lose {others}, on the same layers: merge before adding another")
     merged = {path: _merged(layer, name, into, dtype) for path, layer in layers.items()}
@@ -67,7 +70,7 @@ def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
     Raises ValueError when a merged layer has got another adapter since.
     """
     for path in report.originals:
-        if isinstance(model.get_submodule(path), LoRALinear):
+        if isinstance(model.get_submodule(path), AdapterLayer):
             raise ValueError(f"unmerging {report.adapter!r} would lose the adapters that {path} has got since")
     for path, layer in report.originals.items():
         replace_module(model, path, layer)
@@ -77,11 +80,20 @@ def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
 
 
 @torch.no_grad()
-def _merged(layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+def _merged(layer: AdapterLayer, name: str, into: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+    if isinstance(layer, SavedModule):
+        return _merged_whole(layer, name, dtype)
+    if isinstance(layer, LoRAEmbedding):
+        return _merged_embedding(layer, name, dtype)
     base = base_weight(layer.base_layer)
-    delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
-    exact = _dense(base) + delta
+    exact = _dense(base)
+    delta = torch.zeros_like(exact)
+    if name in layer.lora_A:
+        delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
+    exact = exact + delta
     bias = layer.base_layer.bias
+    if name in layer.trained_bias:
+        bias = layer.trained_bias[name].to(layer.base_layer.bias.dtype)  # type: ignore[union-attr]
     if into == "nf4":
         if not isinstance(base, QuantizedTensor):
             raise ValueError("into='nf4' needs a 4-bit base: quantize the model first, or merge into 'dense'")
@@ -89,11 +101,33 @@ def _merged(layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None) 
             exact.to(base.dtype), quant_type=base.quant_type, blocksize=base.blocksize, double_quant=base.double_quant
         )
         return LinearNF4(q, bias), _relative_error(kernels.dequantize(q), exact, delta)
-    merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    merged = nn.Linear(*exact.shape[::-1], bias=bias is not None, device="meta")
     merged.weight = nn.Parameter(exact.to(dtype or base.dtype), requires_grad=False)
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return merged, _relative_error(merged.weight, exact, delta)
+
+
+def _merged_embedding(layer: LoRAEmbedding, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+    base = layer.base_layer
+    A, B = layer.lora_embedding_A[name].float(), layer.lora_embedding_B[name].float()
+    delta = layer.scaling[name] * (B @ A).T
+    exact = base.weight.float() + delta
+    merged = nn.Embedding(*exact.shape, padding_idx=base.padding_idx, device="meta")
+    merged.weight = nn.Parameter(exact.to(dtype or base.weight.dtype), requires_grad=False)
+    return merged, _relative_error(merged.weight, exact, delta)
+
+
+def _merged_whole(layer: SavedModule, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, float]:
+    merged = copy.deepcopy(layer.modules_to_save[name]).requires_grad_(False)
+    before = dict(layer.original_module.named_parameters())
+    trained, rounded, change = [], [], []
+    for key, parameter in merged.named_parameters():
+        trained.append(parameter.flatten())
+        change.append(parameter.flatten() - before[key].to(parameter.dtype).flatten())
+        parameter.data = parameter.to(dtype or before[key].dtype)
+        rounded.append(parameter.flatten().to(trained[-1].dtype))
+    return merged, _relative_error(torch.cat(rounded), torch.cat(trained), torch.cat(change))
 
 
 def _dense(base: Tensor | QuantizedTensor) -> Tensor:

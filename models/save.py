@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora import LinearNF4, LoRALinear
+from lora import LinearNF4
+from lora.adapters import AdapterLayer
 from lora.files import written_aside
 
 from .decoder import Decoder
@@ -34,6 +35,7 @@ def save_model(
         raise ValueError(f"{folder}: is there already and is no model folder; it will not be replaced")
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     raw = model.config.to_hf() | {"torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    raw["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight  # merging can untie them
     with written_aside(folder) as aside:
         _write_json(aside / "config.json", raw)
         _write_weights(tensors, aside, max_shard_bytes)
@@ -43,7 +45,7 @@ def save_model(
 
 def _check_dense(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, AdapterLayer):
             raise ValueError(f"save_model writes dense models: {name} wears an adapter; save or merge the adapter")
         if isinstance(module, LinearNF4):
             raise ValueError(f"save_model writes dense models: {name} is in 4 bits; load it without quantize, or merge")
