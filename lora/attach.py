@@ -63,9 +63,9 @@ def attach(model: nn.Module, config: LoRAConfig, name: str, where: Sites) -> Non
     if not state.configs:
         model.requires_grad_(False)
     for path in where.low_rank:
-        _wrapped(model, path, state).add(name, config, path)  # type: ignore[union-attr, call-arg]  # no SavedModule
+        _wrapped(model, path, state).add(name, config, path)
     for path in where.biases:
-        _wrapped(model, path, state).add_bias(name)  # type: ignore[union-attr]  # linear, all of them
+        _wrapped(model, path, state).add_bias(name)
     for path in where.saved:
         _saved(model, path, state).add(name)
     state.configs[name] = config
@@ -83,7 +83,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"an adapter's name must be letters, digits and _ or -, and no method's name, got {name!r}")
 
 
-def _wrapped(model: nn.Module, path: str, state: AdapterState) -> AdapterLayer:
+def _wrapped(model: nn.Module, path: str, state: AdapterState) -> Any:
     """The layer at `path`, in a LoRALinear or LoRAEmbedding if it was in none."""
     layer = model.get_submodule(path)
     if isinstance(layer, AdapterLayer):

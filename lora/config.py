@@ -51,8 +51,8 @@ class LoRAConfig:
         self._check_patterns()
         self._check_layers()
         for name, r in [("r", self.r), *self.rank_pattern.items()]:
-            is_rank = type(r) is int and 0 < r <= MAX_R
-            _require(is_rank, f"LoRA rank {name} must be a whole number above 0, at most {MAX_R}, got {shown(r)}")
+            _require(type(r) is int and r > 0, f"LoRA rank {name} must be a whole number above 0, got {shown(r)}")
+            _require(r <= MAX_R, f"LoRA rank {name} must be at most {MAX_R}, got {shown(r)}")
         for name, alpha in [("alpha", self.alpha), *self.alpha_pattern.items()]:
             _require(_is_number(alpha) and alpha > 0, f"LoRA {name} must be above 0, got {shown(alpha)}")
         is_rate = _is_number(self.dropout) and 0 <= self.dropout < 1

@@ -3,8 +3,9 @@
     W' = cast(W + s · B A)        W: the dense weight, or dequantize(q); the sum in fp32, one rounding at the end
 
 A merged layer is an ordinary linear layer, with the adapter's bias where it has one; an embedding stays an embedding,
-and a module that was trained whole takes the place of the original, in its dtype. The layers that it replaced stay, untouched, in the MergeReport: putting
-them back is exact, where subtracting s · BA from W' would not be. Drop the report to free them.
+and a module that was trained whole takes the place of the original, in its dtype. The layers that were replaced stay,
+untouched, in the MergeReport: putting them back is exact, where subtracting s · BA from W' would not be. Drop the
+report to free them.
 """
 
 import copy
@@ -19,7 +20,7 @@ from quant import QuantizedTensor
 from .adapters import AdapterLayer, adapter_layers, adapter_state, replace_module
 from .config import LoRAConfig
 from .embedding import LoRAEmbedding
-from .linear import LoRALinear, base_weight
+from .linear import base_weight
 from .linear_nf4 import LinearNF4
 from .saved_module import SavedModule
 
@@ -101,7 +102,7 @@ def _merged(layer: AdapterLayer, name: str, into: str, dtype: torch.dtype | None
             exact.to(base.dtype), quant_type=base.quant_type, blocksize=base.blocksize, double_quant=base.double_quant
         )
         return LinearNF4(q, bias), _relative_error(kernels.dequantize(q), exact, delta)
-    merged = nn.Linear(*exact.shape[::-1], bias=bias is not None, device="meta")
+    merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
     merged.weight = nn.Parameter(exact.to(dtype or base.dtype), requires_grad=False)
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -113,7 +114,7 @@ def _merged_embedding(layer: LoRAEmbedding, name: str, dtype: torch.dtype | None
     A, B = layer.lora_embedding_A[name].float(), layer.lora_embedding_B[name].float()
     delta = layer.scaling[name] * (B @ A).T
     exact = base.weight.float() + delta
-    merged = nn.Embedding(*exact.shape, padding_idx=base.padding_idx, device="meta")
+    merged = nn.Embedding(exact.shape[0], exact.shape[1], padding_idx=base.padding_idx, device="meta")
     merged.weight = nn.Parameter(exact.to(dtype or base.weight.dtype), requires_grad=False)
     return merged, _relative_error(merged.weight, exact, delta)
 

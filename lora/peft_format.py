@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -134,14 +135,15 @@ def _read(model: nn.Module, folder: Path) -> _Found:
 @torch.no_grad()
 def _put_on(model: nn.Module, found: _Found, name: str, trainable: bool) -> None:
     attach(model, found.config, name, found.sites)
-    layers, weights = adapter_layers(model), found.weights
+    layers: dict[str, Any] = dict(adapter_layers(model))
+    weights = found.weights
     for path, pair in weights.low_rank.items():
         for parameter, tensor in zip(_low_rank(layers[path], name), pair, strict=True):
             parameter.copy_(tensor)
     for path, tensor in weights.biases.items():
-        layers[path].trained_bias[name].copy_(tensor)  # type: ignore[union-attr]  # linear, all of them
+        layers[path].trained_bias[name].copy_(tensor)
     for path, tensors in weights.saved.items():
-        layers[path].modules_to_save[name].load_state_dict(tensors)  # type: ignore[union-attr]
+        layers[path].modules_to_save[name].load_state_dict(tensors)
     _set_trainable(model, name, trainable)
 
 

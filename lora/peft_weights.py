@@ -13,6 +13,7 @@ Any other key is an error: nothing is silently lost.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .linear import LoRALinear, base_weight
+from .linear import base_weight
 from .peft_config import CONFIG, no_key_twice
 from .saved_module import SavedModule
 from .sites import EMBEDDING, LINEAR, Sites, bias_sites, check_trainable, is_target, outer_modules
@@ -81,8 +82,8 @@ def read_weights(path: Path, config: LoRAConfig) -> Weights:
     for (is_embedding, place), pair in halves.items():
         names = [f"lora_{'embedding_' if is_embedding else ''}{half}" for half in "AB"]
         if set(pair) != {"A", "B"}:
-            there = names["AB".index(*pair)]
-            raise ValueError(f"{path}: {place} must have both {names[0]} and {names[1]}, found {[there]}")
+            there = [name for name, half in zip(names, "AB", strict=True) if half in pair]
+            raise ValueError(f"{path}: {place} must have both {names[0]} and {names[1]}, found {there}")
         found.low_rank[place] = (pair["A"], pair["B"])
         found.embeddings |= {place} if is_embedding else set()
     if not found.low_rank:
@@ -92,7 +93,7 @@ def read_weights(path: Path, config: LoRAConfig) -> Weights:
 
 def fitted(model: nn.Module, weights: Weights, config: LoRAConfig, folder: Path) -> Sites:
     """Where these weights go. Raises ValueError when something does not fit the model, or is missing for it."""
-    modules = dict(outer_modules(model))
+    modules: dict[str, Any] = dict(outer_modules(model))
     _check_low_rank(modules, weights, config, folder)
     _check_saved(modules, weights, config, folder)
     for path, copied in weights.base.items():
@@ -101,7 +102,7 @@ def fitted(model: nn.Module, weights: Weights, config: LoRAConfig, folder: Path)
     saved = tuple(path for path in modules if path in weights.saved)
     biases = bias_sites(model, config, low_rank, saved)
     for path, tensor in weights.biases.items():
-        if path not in biases or tensor.shape != modules[path].bias.shape:  # type: ignore[union-attr]  # linear ones
+        if path not in biases or tensor.shape != modules[path].bias.shape:
             raise ValueError(f"{folder} {ELSEWHERE}: this one has no bias {tuple(tensor.shape)} at {path}")
     lost = [path for path in biases if path not in weights.biases]
     if lost:

@@ -62,7 +62,7 @@ def is_target(path: str, config: LoRAConfig, module: nn.Module) -> bool:
 
 
 def bias_sites(model: nn.Module, config: LoRAConfig, low_rank: Iterable[str], saved: Iterable[str]) -> tuple[str, ...]:
-    """Linear layers whose bias this config trains; a module saved whole has its own. Raises ValueError for another's."""
+    """Linear layers whose bias this config trains; a module saved whole has its own. ValueError for other biases."""
     if config.bias == "none":
         return ()
     inside_saved = tuple(f"{path}." for path in saved)
