@@ -140,8 +140,8 @@ def _put_on(model: nn.Module, found: _Found, name: str, trainable: bool) -> None
     for path, pair in weights.low_rank.items():
         for parameter, tensor in zip(_low_rank(layers[path], name), pair, strict=True):
             parameter.copy_(tensor)
-    for path, tensor in weights.biases.items():
-        layers[path].trained_bias[name].copy_(tensor)
+    for path in found.sites.biases:
+        layers[path].trained_bias[name].copy_(weights.biases[path])
     for path, tensors in weights.saved.items():
         layers[path].modules_to_save[name].load_state_dict(tensors)
     _set_trainable(model, name, trainable)

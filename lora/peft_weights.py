@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .adapters import AdapterLayer
 from .config import LoRAConfig
 from .linear import base_weight
 from .peft_config import CONFIG, no_key_twice
@@ -102,8 +103,12 @@ def fitted(model: nn.Module, weights: Weights, config: LoRAConfig, folder: Path)
     saved = tuple(path for path in modules if path in weights.saved)
     biases = bias_sites(model, config, low_rank, saved)
     for path, tensor in weights.biases.items():
-        if path not in biases or tensor.shape != modules[path].bias.shape:
-            raise ValueError(f"{folder} {ELSEWHERE}: this one has no bias {tuple(tensor.shape)} at {path}")
+        here = getattr(_base(modules.get(path)), "bias", None)
+        same = here is not None and (
+            tensor.shape == here.shape if path in biases else torch.equal(tensor.to(here), here)
+        )
+        if not same:  # of a layer that only another adapter of the model had, PEFT adds a copy of the base's
+            raise ValueError(f"{folder} {ELSEWHERE}: this one has no such bias {tuple(tensor.shape)} at {path}")
     lost = [path for path in biases if path not in weights.biases]
     if lost:
         raise ValueError(
@@ -148,7 +153,7 @@ def _check_low_rank(modules: dict[str, nn.Module], weights: Weights, config: LoR
         if module is None or not isinstance(module, EMBEDDING if is_embedding else LINEAR):
             kind = "embedding" if is_embedding else "linear layer"
             raise ValueError(f"{folder} {ELSEWHERE}: this one has no {kind} {path}")
-        out, into = base_shape(module)
+        out, into = base_weight(_base(module)).shape
         out, into = (into, out) if is_embedding else (out, into)
         r = config.rank(path)
         wanted = ((r, into), (out, r))
@@ -174,25 +179,22 @@ def _check_saved(modules: dict[str, nn.Module], weights: Weights, config: LoRACo
         if module is None:
             raise ValueError(f"{folder} {ELSEWHERE}: this one has no module {path}, one of its modules_to_save")
         check_trainable(path, module)
-        module = module.original_module if isinstance(module, SavedModule) else module
-        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in _base(module).state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                there, here = found.get(name, "nothing"), wanted.get(name, "nothing")
+            there, here = found.get(name, "missing"), wanted.get(name, "missing")
+            if there != here:
                 raise ValueError(f"{folder} {ELSEWHERE}: {path}.{name} is {there} in {WEIGHTS}, and {here} in this one")
 
 
-def base_shape(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of the weight, packed or not: (out_features, in_features), of an embedding (V, D)."""
-    base = module.base_layer if hasattr(module, "base_layer") else module
-    rows, columns = base_weight(base).shape  # type: ignore[arg-type]
-    return rows, columns
+def _base(module: Any) -> Any:
+    """What an adapter's layer stands for."""
+    if isinstance(module, SavedModule):
+        return module.original_module
+    return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
 def _check_copy(module: nn.Module | None, copied: Tensor, path: str, folder: Path) -> None:
-    if isinstance(module, SavedModule):
-        module = module.original_module
-    base = None if module is None else base_weight(module.base_layer if hasattr(module, "base_layer") else module)  # type: ignore[arg-type]
+    base = None if module is None else base_weight(_base(module))
     if base is None or (isinstance(base, Tensor) and not torch.equal(copied.to(base), base)):
         raise ValueError(f"{folder / WEIGHTS} {ELSEWHERE}: {path}.base_layer.weight is not this one's weight")
