@@ -78,7 +78,7 @@ def check_name(model: nn.Module, name: str) -> None:
     state = getattr(model, "adapter_state", None)
     if state is not None and name in state.configs:
         raise ValueError(f"an adapter named {name!r} is on this model already")
-    is_word = name.replace("-", "_").isidentifier()
+    is_word = name.replace("-", "_").isidentifier() and not name.startswith("-")
     if not is_word or hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"an adapter's name must be letters, digits and _ or -, and no method's name, got {name!r}")
 
