@@ -88,6 +88,11 @@ class LoRALinear(nn.Module):
             if name in self.lora_A
         ]
 
+    @property
+    def drops(self) -> bool:
+        """Whether a forward would now drop inputs of an adapter."""
+        return self.training and any(self.dropout.get(name, 0) > 0 for name in self.state.on)
+
     def _dropped(self, x: Tensor | None, name: str) -> Tensor | None:
         p = self.dropout[name]
         return F.dropout(x, p) if x is not None and self.training and p > 0 else None

@@ -222,9 +222,14 @@ class Decoder(nn.Module):
         return project(self.lm_head, hidden).float()
 
     def head(self) -> kernels.Head:
-        """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now."""
+        """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now.
+
+        Raises ValueError in training when such an adapter has dropout: it would need an input of its own.
+        """
         layer: nn.Module = self.lm_head
         if isinstance(layer, LoRALinear):
+            if layer.drops and torch.is_grad_enabled():
+                raise ValueError("an adapter on lm_head cannot train with dropout: set it to 0, or leave lm_head out")
             return kernels.Head(base_weight(layer.base_layer), tuple(layer.terms()), layer.bias)
         layer = layer.now if isinstance(layer, SavedModule) else layer
         return kernels.Head(base_weight(layer), (), layer.bias)  # type: ignore[arg-type]
