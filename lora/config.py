@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -10,7 +10,7 @@ INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 MAX_R = 1 << 16
-MAX_REPEATS = 7
+MAX_REPEATS, MAX_LENGTH, MAX_NAMES = 7, 20_000, 20_000
 """A regex from a file can be built to run for ever. Seven repeats, none of a group, end within a second a path."""
 
 
@@ -57,8 +57,8 @@ class LoRAConfig:
             _require(_is_number(alpha) and alpha > 0, f"LoRA {name} must be above 0, got {shown(alpha)}")
         is_rate = _is_number(self.dropout) and 0 <= self.dropout < 1
         _require(is_rate, f"LoRA dropout must lie in [0, 1), got {shown(self.dropout)}")
-        _require(self.init in INITS, f"LoRA init must be one of {', '.join(INITS)}, got {self.init!r}")
-        _require(self.bias in BIASES, f"LoRA bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        _require(self.init in INITS, f"LoRA init must be one of {', '.join(INITS)}, got {shown(self.init)}")
+        _require(self.bias in BIASES, f"LoRA bias must be one of {', '.join(BIASES)}, got {shown(self.bias)}")
         _require(not self.use_dora, "use_dora=True is not supported in this version")
 
     def _check_patterns(self) -> None:
@@ -69,11 +69,10 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", *lists):
             patterns = getattr(self, name)
             names = [patterns] if isinstance(patterns, str) and name not in lists else patterns
-            is_names = isinstance(names, Iterable) and all(isinstance(p, str) for p in names)
-            _require(
-                is_names and not (isinstance(names, str)),
-                f"LoRA {name} must be {'' if name in lists else 'a regex or '}a list of names, got {shown(patterns)}",
-            )
+            is_names = isinstance(names, Collection) and all(isinstance(p, str) for p in names)
+            kinds = "a list of names" if name in lists else "a regex or a list of names"
+            _require(is_names and not isinstance(names, str), f"LoRA {name} must be {kinds}, got {shown(patterns)}")
+            _require(len(names) <= MAX_NAMES, f"LoRA {name} must hold at most {MAX_NAMES} names")
             if isinstance(patterns, str | Mapping) or name in ("layers_pattern", *lists):
                 for regex in names:
                     _check_regex(name, regex)
@@ -157,15 +156,18 @@ def _numbered(pattern: str) -> re.Pattern[str]:
 
 
 def _check_regex(name: str, pattern: str) -> None:
+    _require(len(pattern) <= MAX_LENGTH, f"LoRA {name} must hold regexes of at most {MAX_LENGTH} characters")
     try:
         re.compile(pattern)
         if name not in ("target_modules", "exclude_modules"):
             re.compile(rf"x({pattern})(?P<number>y)")  # it will stand inside another
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"LoRA {name} must hold regexes, got {shown(pattern)}: {error}") from None
-    repeats = re.findall(r"(?<!\\)(?:[*+?]|\{\d*,?\d*\})[?+]?", pattern.replace("(?", "("))
+    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)  # without escapes
+    repeats = re.findall(r"(?:[*+?]|\{\d*,?\d*\})[?+]?", plain.replace("(?", "("))
+    verbose = r"\(\?[a-zL]*x"  # may have spaces before the star
     _require(
-        len(repeats) <= MAX_REPEATS and not re.search(r"(?<!\\)\)[*+{]", pattern),
+        len(repeats) <= MAX_REPEATS and not re.search(rf"\)[*+{{]|{verbose}", plain),
         f"LoRA {name} must hold regexes with at most {MAX_REPEATS} repeats and no repeated group, got {shown(pattern)}",
     )
 

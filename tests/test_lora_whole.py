@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import (
+    LinearNF4,
     LoRAConfig,
     LoRAEmbedding,
     LoRALinear,
@@ -346,6 +347,19 @@ def test_merging_into_bf16_says_what_rounding_cost() -> None:
     assert math.isclose(report.weight_error["lm_head"], cost, rel_tol=1e-6)
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+
+
+def test_merged_into_4_bits_what_is_dense_stays_dense() -> None:
+    model = randomized(add_adapter(Model(quantized=True), WHOLE))
+    biases = [
+        layer.trained_bias["default"] for layer in adapter_layers(model).values() if isinstance(layer, LoRALinear)
+    ]
+    report = merge_adapter(model, into="nf4")
+    kinds = {path: type(model.get_submodule(path)) for path in report.originals}
+    assert kinds["model.layers.0.self_attn.q_proj"] is LinearNF4
+    assert {kind for path, kind in kinds.items() if "q_proj" not in path} == {nn.Embedding, nn.Linear, nn.LayerNorm}
+    merged = [model.get_submodule(path).bias for path in report.originals if "q_proj" in path]
+    assert all(torch.equal(mine, trained) for mine, trained in zip(merged, biases, strict=True))
 
 
 def test_a_merge_that_would_lose_another_adapter_s_bias_is_refused() -> None:
