@@ -23,7 +23,7 @@ from trainers.logprobs import per_token_nll
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*share one weight in this model")
 FLAGS = [
-    {"bias": "lora_only", "target_modules": "q_proj,v_proj,embed_tokens", "layers_to_transform": (1,)},
+    {"bias": "lora_only", "target_modules": "q_proj,v_proj,embed_tokens", "layers_to_transform": [1]},
     {"bias": "all", "target_modules": "up_proj", "modules_to_save": "lm_head,norm"},
     {"target_modules": "q_proj,lm_head,embed_tokens", "exclude_modules": r".*layers\.0\..*"},
     {"modules_to_save": "embed_tokens", "exclude_modules": "gate_proj,down_proj"},
@@ -136,7 +136,7 @@ def test_the_flags_of_the_command(config, base, tmp_path):
     [
         ({"modules_to_save": "lm_hed"}, "modules_to_save: no module's path ends in 'lm_hed'"),
         ({"modules_to_save": "q_proj"}, "q_proj is in 4 bits, and what is trained whole must be dense"),
-        ({"layers_to_transform": (7,)}, "match no linear layer"),
+        ({"layers_to_transform": [7]}, "match no linear layer"),
         ({"target_modules": "lm_head", "dropout": 0.1}, "an adapter on lm_head cannot train with dropout"),
         ({"bias": "some"}, "LoRA bias must be one of none, all, lora_only, got 'some'"),
     ],

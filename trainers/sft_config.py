@@ -1,7 +1,7 @@
 """The flags of `qlora sft`, and the rules that they must keep."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lora import LoRAConfig
@@ -35,7 +35,7 @@ class SFTConfig:
     """all-linear, names with commas between (q_proj,v_proj), or a regex of the full path."""
     exclude_modules: str = ""
     """Left out of the targets: names with commas between, or a regex."""
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: list[int] = field(default_factory=list)
     """Only these layer numbers; all of them by default."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of linear layers are trained too: all, or those beside an adapter."""
