@@ -1,4 +1,8 @@
-"""Which adapters are on. One AdapterState belongs to a model and is shared by all its LoRALinear layers."""
+"""Which adapters are on. One AdapterState belongs to a model and is shared by all its adapter layers.
+
+Low-rank terms of several adapters add up. A trained bias and a module saved whole take the base's place, so of the
+adapters that are on together only one may have a given one.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -7,7 +11,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .config import LoRAConfig
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear
+from .saved_module import SavedModule
+
+AdapterLayer = LoRALinear | LoRAEmbedding | SavedModule
 
 
 @dataclass
@@ -35,23 +43,58 @@ def adapter_state(model: nn.Module) -> AdapterState:
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """Switch to adapter `name`, or to the sum of several: they are active and trainable, the others neither.
 
-    Raises ValueError for a name the model does not have.
+    Raises ValueError for a name the model does not have, and for two adapters that replace the same thing.
     """
     state = adapter_state(model)
     names = (name,) if isinstance(name, str) else tuple(name)
     for wanted in names:
         if wanted not in state.configs:
             raise ValueError(f"no adapter is named {wanted!r}: the model has {sorted(state.configs)}")
+    layers = adapter_layers(model)
+    for path, layer in layers.items():
+        copies = layer.modules_to_save if isinstance(layer, SavedModule) else getattr(layer, "trained_bias", ())
+        both = [adapter for adapter in dict.fromkeys(names) if adapter in copies]
+        if len(both) > 1:
+            what = path if isinstance(layer, SavedModule) else f"the bias of {path}"
+            raise ValueError(f"adapters {both} cannot be on together: each has {what} trained in its own way")
     state.active = names
-    for layer in lora_layers(model).values():
-        for adapter in layer.lora_A:
-            layer.lora_A[adapter].requires_grad_(adapter in names)
-            layer.lora_B[adapter].requires_grad_(adapter in names)
+    for layer in layers.values():
+        for adapter in layer.adapters:
+            for parameter in layer.parameters_of(adapter):
+                parameter.requires_grad_(adapter in names)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take adapter `name` off the model. A layer that has no other is the base's own again.
+
+    Raises ValueError for a name the model does not have.
+    """
+    state = adapter_state(model)
+    if name not in state.configs:
+        raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
+    for path, layer in adapter_layers(model).items():
+        layer.remove(name)
+        if not layer.adapters:
+            base = layer.original_module if isinstance(layer, SavedModule) else layer.base_layer
+            replace_module(model, path, base)
+    del state.configs[name]
+    state.active = tuple(active for active in state.active if active != name)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Every layer that holds adapters by its path, in the model's order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every LoRALinear of the model by its path, in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where the module at `path` is."""
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
 
 
 @contextmanager

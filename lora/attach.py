@@ -1,15 +1,30 @@
-"""Attach adapters to a model: find the layers, wrap them, freeze the rest, count what is left to train."""
+"""Attach adapters to a model: wrap the layers, freeze the rest, count what is left to train."""
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from .adapters import AdapterState, lora_layers, set_adapter
-from .config import ALL_LINEAR, LoRAConfig, matches
+from .adapters import AdapterLayer, AdapterState, replace_module, set_adapter
+from .config import LoRAConfig, matches
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 from .linear_nf4 import LinearNF4
+from .saved_module import SavedModule
+from .sites import HEAD, Sites, linear_layers, outer_modules, sites
 
-HEAD = "lm_head"  # the output layer: all-linear leaves it out, as PEFT does
+__all__ = [
+    "HEAD",
+    "add_adapter",
+    "attach",
+    "check_name",
+    "count_parameters",
+    "linear_layers",
+    "quantize_model",
+    "replace_module",
+    "trainable_parameters",
+]
 
 
 def quantize_model(
@@ -32,67 +47,78 @@ def quantize_model(
 def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
     """Put a new adapter on every target, freeze everything else, and make it the active one. Returns the model.
 
-    Raises ValueError when the name is taken or not a plain word, or when the targets match no linear layer, or match
-    a module that is not linear.
+    Raises ValueError when the name is taken or not a plain word, and for targets, biases or modules_to_save that the
+    model does not have or that cannot be trained so (lora/sites.py); the model is then as it was.
     """
-    state = getattr(model, "adapter_state", None) or AdapterState()
-    if name in state.configs:
-        raise ValueError(f"an adapter named {name!r} is on this model already")
-    if not name.isidentifier() or hasattr(nn.ParameterDict(), name):
-        raise ValueError(f"an adapter's name must be letters, digits and _, and no method's name, got {name!r}")
-    candidates = linear_layers(model)
-    _check_others(model, candidates, config)
-    targets = {path: layer for path, layer in candidates.items() if is_target(path, config)}
-    if not targets:
-        known = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-        raise ValueError(f"target_modules {config.target_modules!r} match no linear layer: the model has {known}")
-    if not state.configs:
-        model.requires_grad_(False)
-    for path, layer in targets.items():
-        if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer, state)  # type: ignore[arg-type]  # linear_layers yields only linear ones
-            layer.train(model.training)
-            replace_module(model, path, layer)
-        layer.add(name, config, path)
-    state.configs[name] = config
-    model.adapter_state = state  # type: ignore[assignment]  # a plain attribute, not a submodule
-    set_adapter(model, name)
+    check_name(model, name)
+    found = sites(model, config)
+    _warn_of_tied(model, found)
+    attach(model, config, name, found)
     return model
 
 
-def is_target(path: str, config: LoRAConfig) -> bool:
-    """Whether the linear layer at `path` gets an adapter; the head does only when it is named."""
-    return config.targets(path) and not (is_head(path) and config.target_modules == ALL_LINEAR)
+def attach(model: nn.Module, config: LoRAConfig, name: str, where: Sites) -> None:
+    """add_adapter, once it is known where: for sites that have been checked."""
+    state = getattr(model, "adapter_state", None) or AdapterState()
+    if not state.configs:
+        model.requires_grad_(False)
+    for path in where.low_rank:
+        _wrapped(model, path, state).add(name, config, path)
+    for path in where.biases:
+        _wrapped(model, path, state).add_bias(name)
+    for path in where.saved:
+        _saved(model, path, state).add(name)
+    state.configs[name] = config
+    model.adapter_state = state  # type: ignore[assignment]  # a plain attribute, not a submodule
+    set_adapter(model, name)
 
 
-def is_head(path: str) -> bool:
-    return path.rsplit(".", 1)[-1] == HEAD
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a name that is taken, or that cannot be a module's and a folder's name."""
+    state = getattr(model, "adapter_state", None)
+    if state is not None and name in state.configs:
+        raise ValueError(f"an adapter named {name!r} is on this model already")
+    is_word = name.replace("-", "_").isidentifier() and not name.startswith("-")
+    if not is_word or hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter's name must be letters, digits and _ or -, and no method's name, got {name!r}")
 
 
-def _check_others(model: nn.Module, linear: Collection[str], config: LoRAConfig) -> None:
-    """Raises ValueError when the targets name a module that is not linear, such as an embedding, as PEFT does."""
-    if config.target_modules == ALL_LINEAR:
-        return
-    inside = tuple(f"{path}." for path in lora_layers(model))
-    for path, module in model.named_modules():
-        if path and path not in linear and not path.startswith(inside) and config.targets(path):
-            raise ValueError(
-                f"target_modules {config.target_modules!r} match {path} ({type(module).__name__}): "
-                "only linear layers can have an adapter in this version"
+def _wrapped(model: nn.Module, path: str, state: AdapterState) -> Any:
+    """The layer at `path`, in a LoRALinear or LoRAEmbedding if it was in none."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, AdapterLayer):
+        return layer
+    kind: Any = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
+    return _put(model, path, kind(layer, state))
+
+
+def _saved(model: nn.Module, path: str, state: AdapterState) -> SavedModule:
+    """The SavedModule at `path`, made around what was there if it was none."""
+    module = model.get_submodule(path)
+    return module if isinstance(module, SavedModule) else _put(model, path, SavedModule(module, state))
+
+
+def _put(model: nn.Module, path: str, layer: Any) -> Any:
+    layer.train(model.training)
+    replace_module(model, path, layer)
+    return layer
+
+
+def _warn_of_tied(model: nn.Module, where: Sites) -> None:
+    """As PEFT: an adapter on one of two layers that share a weight changes that one alone."""
+    owners: dict[int, list[str]] = {}
+    for path, module in outer_modules(model):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(path)
+    for paths in owners.values():
+        touched = [path for path in paths if path in (*where.low_rank, *where.saved)]
+        if len(paths) > 1 and touched:
+            warnings.warn(
+                f"{' and '.join(paths)} share one weight in this model: the adapter changes {' and '.join(touched)}, "
+                "each on its own, and they are no longer tied while it is on",
+                stacklevel=3,
             )
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its path: nn.Linear, LinearNF4, or the LoRALinear around one."""
-    wrapped = {f"{path}.base_layer" for path in lora_layers(model)}
-    kinds = (nn.Linear, LinearNF4, LoRALinear)
-    return {path: m for path, m in model.named_modules() if isinstance(m, kinds) and path not in wrapped}
-
-
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` where the module at `path` is."""
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

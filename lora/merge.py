@@ -7,10 +7,13 @@ smaller than half a step leave it there: quantizing the sum gives q back, and th
 anywhere between the levels, so that such updates come through on the average, beside the rounding errors of W itself;
 a dense base is merged into 4 bits with `quant_type`. `qlora merge` measures what either costs.
 
-A merged layer is an ordinary linear layer. The layers that it replaced stay, untouched, in the MergeReport: putting
-them back is exact, where subtracting s · BA from W' would not be. Drop the report to free them.
+A merged layer is an ordinary linear layer, with the adapter's bias where it has one; an embedding stays an embedding,
+and a module that was trained whole takes the place of the original, in its dtype. The layers that were replaced stay,
+untouched, in the MergeReport: putting them back is exact, where subtracting s · BA from W' would not be. Drop the
+report to free them.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +24,13 @@ from torch import Tensor, nn
 import kernels
 from quant import QuantizedTensor
 
-from .adapters import adapter_state, lora_layers
-from .attach import is_head, replace_module
+from .adapters import AdapterLayer, adapter_layers, adapter_state, replace_module
 from .config import LoRAConfig
-from .linear import LoRALinear, base_weight
+from .embedding import LoRAEmbedding
+from .linear import base_weight
 from .linear_nf4 import LinearNF4
+from .saved_module import SavedModule
+from .sites import HEAD
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class MergeReport:
     """By path: ‖W' - (W + s·BA)‖ / ‖s·BA‖, Frobenius, in float64. Near 1 where rounding took the adapter back."""
     adapter_size: dict[str, float]
     """By path: ‖s·BA‖."""
-    originals: dict[str, LoRALinear]
+    originals: dict[str, AdapterLayer]
     config: LoRAConfig
     active: tuple[str, ...]
     """The adapters that were active before."""
@@ -73,8 +78,8 @@ def merge_adapter(
         raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
     if into not in ("dense", "nf4"):
         raise ValueError(f"into must be 'dense' or 'nf4', got {into!r}")
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    others = sorted({other for layer in layers.values() for other in layer.lora_A} - {name})
+    layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
+    others = sorted({other for layer in layers.values() for other in layer.adapters} - {name})
     if others:
         raise ValueError(f"merging {name!r} would lose {others}, on the same layers: merge before adding another")
     form = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
@@ -95,7 +100,7 @@ def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
     Raises ValueError when a merged layer has got another adapter since.
     """
     for path in report.originals:
-        if isinstance(model.get_submodule(path), LoRALinear):
+        if isinstance(model.get_submodule(path), AdapterLayer):
             raise ValueError(f"unmerging {report.adapter!r} would lose the adapters that {path} has got since")
     for path, layer in report.originals.items():
         replace_module(model, path, layer)
@@ -106,14 +111,23 @@ def unmerge_adapter(model: nn.Module, report: MergeReport) -> None:
 
 @torch.no_grad()
 def _merged(
-    path: str, layer: LoRALinear, name: str, into: str, dtype: torch.dtype | None, form: dict[str, Any]
+    path: str, layer: AdapterLayer, name: str, into: str, dtype: torch.dtype | None, form: dict[str, Any]
 ) -> tuple[nn.Module, float, float]:
     """(the merged layer, its relative error, the size of the adapter there)."""
+    if isinstance(layer, SavedModule):
+        return _merged_whole(layer, name, dtype)
+    if isinstance(layer, LoRAEmbedding):
+        return _merged_embedding(layer, name, dtype)
     base = base_weight(layer.base_layer)
-    delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
-    exact = _dense(base) + delta
+    exact = _dense(base)
+    delta = torch.zeros_like(exact)
+    if name in layer.lora_A:
+        delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
+    exact = exact + delta
     bias = layer.base_layer.bias
-    stays_dense = isinstance(base, Tensor) and is_head(path) and form["quant_type"]
+    if name in layer.trained_bias:
+        bias = layer.trained_bias[name].to(layer.base_layer.bias.dtype)  # type: ignore[union-attr]
+    stays_dense = isinstance(base, Tensor) and path.rsplit(".", 1)[-1] == HEAD and form["quant_type"]
     if into == "nf4" and not stays_dense:
         if isinstance(base, QuantizedTensor):
             form = {"quant_type": base.quant_type, "blocksize": base.blocksize, "double_quant": base.double_quant}
@@ -131,6 +145,28 @@ def _merged(
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return merged, *_error_and_size(merged.weight, exact, delta)
+
+
+def _merged_embedding(layer: LoRAEmbedding, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, float, float]:
+    base = layer.base_layer
+    A, B = layer.lora_embedding_A[name].float(), layer.lora_embedding_B[name].float()
+    delta = layer.scaling[name] * (B @ A).T
+    exact = base.weight.float() + delta
+    merged = nn.Embedding(exact.shape[0], exact.shape[1], padding_idx=base.padding_idx, device="meta")
+    merged.weight = nn.Parameter(exact.to(dtype or base.weight.dtype), requires_grad=False)
+    return merged, *_error_and_size(merged.weight, exact, delta)
+
+
+def _merged_whole(layer: SavedModule, name: str, dtype: torch.dtype | None) -> tuple[nn.Module, float, float]:
+    merged = copy.deepcopy(layer.modules_to_save[name]).requires_grad_(False)
+    before = dict(layer.original_module.named_parameters())
+    trained, rounded, change = [], [], []
+    for key, parameter in merged.named_parameters():
+        trained.append(parameter.flatten())
+        change.append(parameter.flatten() - before[key].to(parameter.dtype).flatten())
+        parameter.data = parameter.to(dtype or before[key].dtype)
+        rounded.append(parameter.flatten().to(trained[-1].dtype))
+    return merged, *_error_and_size(torch.cat(rounded), torch.cat(trained), torch.cat(change))
 
 
 def _dense(base: Tensor | QuantizedTensor) -> Tensor:

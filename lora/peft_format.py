@@ -1,14 +1,15 @@
-"""Adapters in PEFT's files, written and read without PEFT. docs/formats.md lists the keys.
+"""Adapters in PEFT's files, written and read without PEFT. docs/formats.md lists fields and keys.
 
-    adapter_config.json         r, lora_alpha, target_modules, …
-    adapter_model.safetensors   base_model.model.<path>.lora_A.weight (r, in_features)
-                                base_model.model.<path>.lora_B.weight (out_features, r)
+    folder/adapter_config.json          what the adapter is (lora/peft_config.py)
+    folder/adapter_model.safetensors    its tensors (lora/peft_weights.py)
+    folder/NAME/…                       the same two files of another adapter: several of a model, in one tree
 
-The adapter's name is not in the file: it is chosen when loading.
+The adapter's name is not in the files: it is chosen when loading. In a tree, the one at the top is "default".
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapters import adapter_state, lora_layers
-from .attach import add_adapter, is_target, linear_layers
-from .config import ALL_LINEAR, LoRAConfig
+from .adapters import adapter_layers, adapter_state, set_adapter
+from .attach import attach, check_name
+from .config import LoRAConfig
+from .embedding import LoRAEmbedding
 from .files import written_aside
-from .linear import LoRALinear, base_weight
+from .linear import LoRALinear
+from .peft_config import CONFIG, UNSUPPORTED, from_peft, read_config, to_peft
+from .peft_weights import PREFIX, WEIGHTS, Weights, fitted, read_weights
+from .saved_module import SavedModule
+from .sites import Sites, check_apart
 
-PREFIX, BASE_COPY = "base_model.model.", ".base_layer.weight"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-UNSUPPORTED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-    "ensure_weight_tying": False,
-}
-"""PEFT fields that change the math and that this version does not compute, each with the value that means 'off'."""
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""init_lora_weights that leave the base as it is. An adapter of pissa, olora, corda, loftq or lora_ga belongs to a base
-that its start has changed (PEFT's save_pretrained can convert it), and mica trains A alone."""
+__all__ = ["CONFIG", "UNSUPPORTED", "WEIGHTS", "load_adapter", "load_adapters", "save_adapter", "save_adapters"]
+
+TOP = "default"
+FILES = {CONFIG, WEIGHTS, "README.md"}
 
 
 def save_adapter(
@@ -57,188 +43,173 @@ def save_adapter(
     Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
     lost. OSError where the folder cannot be written.
     """
-    folder = Path(folder)
-    state = adapter_state(model)
-    if name not in state.configs:
-        raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().cpu().contiguous()
-    config = _to_peft(state.configs[name], list(layers), base_model_name)
-    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, "README.md"} if folder.is_dir() else set()
-    if others:
-        raise ValueError(f"{folder} must be new, empty or an adapter's folder to be written, it holds {sorted(others)}")
+    _check_known(model, [name])
+    _check_replaceable(Path(folder), [])
     with written_aside(folder) as aside:
-        _write_tensors(tensors, aside / WEIGHTS)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write(model, aside, name, base_model_name)
+
+
+def save_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    names: Sequence[str] | None = None,
+    base_model_name: str | None = None,
+) -> None:
+    """Write several adapters, by default all, as PEFT does: "default" into `folder`, each other into folder/NAME.
+
+    Errors are save_adapter's; a tree of other adapters than these is not replaced.
+    """
+    names = list(adapter_state(model).configs) if names is None else list(names)
+    if not names:
+        raise ValueError(f"{folder}: at least one adapter must be named to be saved")
+    _check_known(model, names)
+    _check_replaceable(Path(folder), [name for name in names if name != TOP])
+    with written_aside(folder) as aside:
+        for name in names:
+            place = aside if name == TOP else aside / name
+            place.mkdir(exist_ok=True)
+            _write(model, place, name, base_model_name)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, trainable: bool = False) -> nn.Module:
     """Add the adapter in `folder` to the model under `name` and make it the active one. Returns the model.
 
     Raises ValueError, naming the file and the field or layer, for a missing or corrupt file, an option that changes
-    the math and is not supported, or an adapter that was made for another base model.
+    the math and is not supported, or an adapter that was made for another base model; the model is then as it was.
     """
-    folder = Path(folder)
-    fields = _read_config(folder / CONFIG)
-    config = _from_peft(fields, folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS)
-    _drop_base_copies(model, tensors, folder / WEIGHTS)
-    pairs = _pairs(tensors, folder / WEIGHTS)
-    exact = _exactly(config, pairs)
-    if fields.get("layers_pattern") or not fields.get("target_modules"):
-        config = exact
-    _check_base(model, pairs, config, folder)
-    add_adapter(model, exact, name)
-    for path, layer in lora_layers(model).items():
-        if path in pairs:
-            with torch.no_grad():
-                for parameter, tensor in zip((layer.lora_A[name], layer.lora_B[name]), pairs[path], strict=True):
-                    parameter.copy_(tensor)
-                    parameter.requires_grad_(trainable)
-    adapter_state(model).configs[name] = config
+    check_name(model, name)
+    found = _read(model, Path(folder))
+    _put_on(model, found, name, trainable)
     return model
 
 
-def _exactly(config: LoRAConfig, pairs: dict[str, tuple[Tensor, Tensor]]) -> LoRAConfig:
-    """The same adapter on just the layers that the file holds, with the ranks it has there."""
-    return replace(config, target_modules=tuple(pairs), exclude_modules=(), layers_to_transform=None)
+def load_adapters(
+    model: nn.Module, folder: str | Path, names: Sequence[str] | None = None, *, trainable: bool = False
+) -> list[str]:
+    """Add a tree's adapters, all or those of `names`, and make the first active. Returns their names.
+
+    Errors are load_adapter's, and ValueError for a name that the tree does not have. All are read before one is added.
+    """
+    folder = Path(folder)
+    places = _tree(folder)
+    if names is not None and not names:
+        raise ValueError(f"{folder}: at least one adapter must be named to be loaded")
+    chosen = list(dict.fromkeys(places if names is None else names))
+    for name in chosen:
+        if name not in places:
+            raise ValueError(f"{folder} holds no adapter named {name!r}: it has {list(places)}")
+        check_name(model, name)
+    found = {name: _read(model, places[name]) for name in chosen}
+    check_apart(model, [one.sites for one in found.values()])
+    for name, one in found.items():
+        _put_on(model, one, name, trainable)
+    set_adapter(model, chosen[0])
+    _set_trainable(model, chosen[0], trainable)
+    return chosen
 
 
-def _to_peft(config: LoRAConfig, paths: list[str], base_model_name: str | None) -> dict[str, Any]:
-    target_modules = config.target_modules
-    if target_modules == ALL_LINEAR:
-        target_modules = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
-        "exclude_modules": config.exclude_modules or None,
-        "bias": config.bias,
-        "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
-        "modules_to_save": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+@dataclass(frozen=True)
+class _Found:
+    """An adapter that was read and fits the model."""
+
+    config: LoRAConfig
+    weights: Weights
+    sites: Sites
 
 
-def _from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type must be 'LORA', got {fields.get('peft_type')!r}")
-    off_values: dict[str, tuple[Any, ...]] = {field: (off, None, [], {}) for field, off in UNSUPPORTED.items()}
-    for field, off in (off_values | {"init_lora_weights": PLAIN_INITS}).items():
-        if fields.get(field) not in off:
-            raise ValueError(
-                f"{where}: {field}={fields[field]!r} changes the math and is not supported in this version"
-            )
-    for field in ("r", "lora_alpha"):
-        if field not in fields:
-            raise ValueError(f"{where} must have the field {field!r}")
-    init = "gaussian" if fields.get("init_lora_weights") == "gaussian" else "kaiming"
-    layers = fields.get("layers_to_transform")
+def _read(model: nn.Module, folder: Path) -> _Found:
+    fields = read_config(folder / CONFIG)
+    config = from_peft(fields, folder / CONFIG)
+    weights = read_weights(folder / WEIGHTS, config)
+    if not fields.get("target_modules"):  # PEFT then has a list for the architecture; the file says what it was
+        places = tuple(weights.low_rank)
+        config = replace(config, target_modules=places, exclude_modules=(), layers_to_transform=None, layers_pattern=())
     try:
-        return LoRAConfig(
-            r=fields["r"],
-            alpha=fields["lora_alpha"],
-            dropout=fields.get("lora_dropout") or 0.0,
-            target_modules=fields.get("target_modules") or ALL_LINEAR,
-            exclude_modules=fields.get("exclude_modules") or (),
-            bias=fields.get("bias", "none"),
-            use_rslora=bool(fields.get("use_rslora")),
-            init=init,
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            layers_to_transform=[layers] if type(layers) is int else layers or None,
-        )
+        where = fitted(model, weights, config, folder)
+        check_apart(model, [where])
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    return _Found(config, weights, where)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@torch.no_grad()
+def _put_on(model: nn.Module, found: _Found, name: str, trainable: bool) -> None:
+    attach(model, found.config, name, found.sites)
+    layers: dict[str, Any] = dict(adapter_layers(model))
+    weights = found.weights
+    for path, pair in weights.low_rank.items():
+        for parameter, tensor in zip(_low_rank(layers[path], name), pair, strict=True):
+            parameter.copy_(tensor)
+    for path in found.sites.biases:
+        layers[path].trained_bias[name].copy_(weights.biases[path])
+    for path, tensors in weights.saved.items():
+        layers[path].modules_to_save[name].load_state_dict(tensors)
+    _set_trainable(model, name, trainable)
+
+
+def _set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
+    for layer in adapter_layers(model).values():
+        for parameter in layer.parameters_of(name):
+            parameter.requires_grad_(trainable)
+
+
+def _low_rank(layer: nn.Module, name: str) -> list[Tensor]:
+    """A and B of adapter `name`, where it has them here."""
+    embedding = isinstance(layer, LoRAEmbedding)
+    halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    return [getattr(layer, half)[name] for half in halves if name in getattr(layer, half, ())]
+
+
+def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What is written of adapter `name`, under PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapter_layers(model).items():
+        place, pair = f"{PREFIX}{path}", _low_rank(layer, name)
+        if pair:
+            kind, end = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
+            tensors |= {f"{place}.lora_{kind}{half}{end}": tensor for half, tensor in zip("AB", pair, strict=True)}
+        if isinstance(layer, LoRALinear) and name in layer.trained_bias:
+            tensors[f"{place}{'.base_layer' if pair else ''}.bias"] = layer.trained_bias[name]
+        if isinstance(layer, SavedModule) and name in layer.modules_to_save:
+            held = layer.modules_to_save[name].state_dict()
+            tensors |= {f"{place}.{key}": tensor for key, tensor in held.items()}
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _write(model: nn.Module, folder: Path, name: str, base_model_name: str | None) -> None:
+    targets = [path for path, layer in adapter_layers(model).items() if _low_rank(layer, name)]
+    config = to_peft(adapter_state(model).configs[name], targets, base_model_name)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"an adapter folder must hold {path.name}: there is none in {path.parent}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON file: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"an adapter folder must hold {path.name}: there is none in {path.parent}")
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(_tensors(model, name), folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{path} cannot be written: {error}") from None
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _drop_base_copies(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Take out <path>.base_layer.weight, which PEFT adds for a targeted head. It must be what this base has there."""
-    layers = linear_layers(model)
-    for key in [key for key in tensors if key.endswith(BASE_COPY)]:
-        copy = tensors.pop(key)
-        layer = layers.get(key.removeprefix(PREFIX).removesuffix(BASE_COPY))
-        base = base_weight(layer.base_layer if isinstance(layer, LoRALinear) else layer) if layer else None
-        if base is None or (isinstance(base, Tensor) and not torch.equal(copy.to(base), base)):
-            raise ValueError(f"{where} is an adapter for another base model: {key} is not this one's weight")
+def _check_known(model: nn.Module, names: Iterable[str]) -> None:
+    state = adapter_state(model)
+    for name in names:
+        if name not in state.configs:
+            raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
 
 
-def _pairs(tensors: dict[str, Tensor], where: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """{path: (A, B)}. Any key that is not one half of such a pair is an error: nothing is silently lost."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        path, _, half = key.removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or half not in ("lora_A", "lora_B"):
-            raise ValueError(f"{where}: key {key!r} is not a lora_A or lora_B weight, and nothing else is supported")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{where}: {key} must hold {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
-        halves.setdefault(path.removeprefix(PREFIX), {})[half] = tensor
-    for path, found in halves.items():
-        if set(found) != {"lora_A", "lora_B"}:
-            raise ValueError(f"{where}: {path} must have both lora_A and lora_B, found {sorted(found)}")
-    if not halves:
-        raise ValueError(f"{where} holds no adapter weights")
-    return {path: (found["lora_A"], found["lora_B"]) for path, found in halves.items()}
-
-
-def _check_base(model: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]], config: LoRAConfig, folder: Path) -> None:
-    layers = linear_layers(model)
-    for path, (A, B) in pairs.items():
-        if path not in layers:
-            raise ValueError(f"{folder} is an adapter for another base model: this one has no linear layer {path}")
-        layer: Any = layers[path]
-        r = config.rank(path)
-        wanted = ((r, layer.in_features), (layer.out_features, r))
-        if (A.shape[1:], B.shape[:1]) == (wanted[0][1:], wanted[1][:1]) and A.shape[0] == B.shape[1] != r:
-            raise ValueError(f"{folder}: {path} has rank {A.shape[0]} in {WEIGHTS}, and {r} by the fields of {CONFIG}")
-        if (tuple(A.shape), tuple(B.shape)) != wanted:
+def _check_replaceable(folder: Path, below: Sequence[str]) -> None:
+    """Raises ValueError when there is more in the folder than what takes its place."""
+    for place, known in [(folder, FILES | set(below)), *((folder / name, FILES) for name in below)]:
+        others = {path.name for path in place.iterdir()} - known if place.is_dir() else set()
+        if others:
             raise ValueError(
-                f"{folder} is an adapter for another base model: {path} needs A and B of {wanted[0]} and {wanted[1]}, "
-                f"got {tuple(A.shape)} and {tuple(B.shape)}"
+                f"{place} must be new, empty or an adapter's folder to be written, it holds {sorted(others)}"
             )
-    missing = [path for path in layers if is_target(path, config) and path not in pairs]
-    if missing:
-        raise ValueError(
-            f"{folder} is an adapter for another base model: it has no weights for {missing[0]}, one of its targets"
-        )
+
+
+def _tree(folder: Path) -> dict[str, Path]:
+    """The folders of a tree's adapters by name, "default" first. Raises ValueError when there is none."""
+    places = {TOP: folder} if (folder / CONFIG).exists() else {}
+    below = {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()}
+    if places.keys() & below.keys():
+        raise ValueError(f"{folder} holds two adapters named {TOP!r}: one at the top, one in {below[TOP]}")
+    places |= below
+    if not places:
+        raise ValueError(f"{folder} holds no adapter: neither it nor a folder in it has {CONFIG}")
+    return places

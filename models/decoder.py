@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from lora import LoRALinear, captured_adapters
+from lora import LoRALinear, SavedModule, captured_adapters
 from lora.linear import base_weight
 
 from .attention import (
@@ -222,12 +222,17 @@ class Decoder(nn.Module):
         return project(self.lm_head, hidden).float()
 
     def head(self) -> kernels.Head:
-        """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now."""
+        """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now.
+
+        Raises ValueError in training when such an adapter has dropout: it would need an input of its own.
+        """
         layer: nn.Module = self.lm_head
-        terms: list[kernels.LoRATerm] = []
         if isinstance(layer, LoRALinear):
-            terms, layer = layer.terms(), layer.base_layer
-        return kernels.Head(base_weight(layer), tuple(terms), layer.bias)  # type: ignore[arg-type]
+            if layer.drops and torch.is_grad_enabled():
+                raise ValueError("an adapter on lm_head cannot train with dropout: set it to 0, or leave lm_head out")
+            return kernels.Head(base_weight(layer.base_layer), tuple(layer.terms()), layer.bias)
+        layer = layer.now if isinstance(layer, SavedModule) else layer
+        return kernels.Head(base_weight(layer), (), layer.bias)  # type: ignore[arg-type]
 
     def _shared(
         self, input_ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, cache: KVCache | None

@@ -13,7 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora import LinearNF4, LoRALinear
+from lora import LinearNF4
+from lora.adapters import AdapterLayer
 from lora.attach import HEAD
 from lora.files import written_aside
 from quant import to_bnb_state_dict
@@ -36,10 +37,11 @@ def save_model(
     """
     folder = Path(folder)
     check_target(folder)
-    worn = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    worn = [name for name, module in model.named_modules() if isinstance(module, AdapterLayer)]
     if worn:
         raise ValueError(f"save_model writes models without adapters: {worn[0]} wears one; save or merge the adapter")
     raw = model.config.to_hf() | {"torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    raw["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight  # merging can untie them
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, LinearNF4)}
     if quantized:
         raw["quantization_config"] = _quantization_config(model, quantized)

@@ -190,7 +190,7 @@ def test_targets_that_match_no_linear_layer_are_refused_and_the_names_shown() ->
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_proj", "embed_tokens"], r"model.embed_tokens \(Embedding\): only linear"),
+        (["q_proj", "norm"], r"model.layers.0.norm \(LayerNorm\): only linear"),
         (r".*mlp.*", r"model.layers.0.mlp \(Module\): only linear"),
     ],
 )

@@ -181,6 +181,7 @@ def test_compute_dtype_runs_fp32_weights_in_bf16() -> None:
 
 @pytest.mark.parametrize("setting", ["grouped", "tied"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
+@pytest.mark.filterwarnings("ignore:.*share one weight in this model")
 def test_the_head_in_a_fused_loss_equals_the_logits(setting: str, adapted: bool) -> None:
     model = small_decoder(**EVERY[setting])
     if adapted:

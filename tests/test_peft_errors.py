@@ -1,5 +1,8 @@
 """lora/peft_format.py: what cannot be read or written is one clear line, and changes neither the model nor the disk."""
 
+import json
+import math
+import os
 import resource
 from pathlib import Path
 
@@ -69,6 +72,10 @@ def test_a_weight_file_of_another_kind(folder: Path) -> None:
         (b"[" * 100_000, "must be a JSON file"),
         (b"\xff\xfe", "must be a JSON file: .*utf-8"),
         (b"[1]", "must hold a JSON object, got list"),
+        (b'{"r": 8, "r": 16}', "must be a JSON file: the key 'r' stands there twice"),
+        (b'{"rank_pattern": {"q": 1, "q": 2}}', "must be a JSON file: the key 'q' stands there twice"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "must be a JSON file: Exceeds the limit"),
+        (b" " * (1 << 22) + b"{}", "must be a JSON file: a file of at most 4194304 bytes is wanted, this has 4194306"),
         (b"{}", "peft_type must be 'LORA', got None"),
         (b'{"peft_type": "LORA", "lora_alpha": 8}', "must have the field 'r'"),
         (b'{"peft_type": "LORA", "r": 8}', "must have the field 'lora_alpha'"),
@@ -97,7 +104,16 @@ def test_a_malformed_config(folder: Path, text: bytes, message: str) -> None:
         ("rank_pattern", {"(": 1}),
         ("alpha_pattern", {"q_proj": "x"}),
         ("layers_to_transform", "1"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
+        ("bias", ["all"]),
+        ("use_rslora", "yes"),
+        ("layers_to_transform", ""),
+        ("layers_pattern", 3),
+        ("modules_to_save", "norm"),
+        ("modules_to_save", [None]),
+        ("r", 10**9),
+        ("lora_alpha", 10**400),
+        ("target_modules", "(a*)*b"),
     ],
 )
 def test_a_config_field_of_the_wrong_kind_is_named(folder: Path, field: str, value: object) -> None:
@@ -124,6 +140,15 @@ def test_a_start_that_changed_the_base_is_refused(folder: Path, init: str) -> No
     refused(folder, f"{CONFIG}: init_lora_weights='{init}' changes the math")
 
 
+@pytest.mark.parametrize("field", ["use_tomorrow", "tomorrow_config"])
+def test_an_unknown_switch_that_is_on_is_refused(folder: Path, field: str) -> None:
+    for off in (None, False, {}):
+        edit(folder, **{field: off})
+        load_adapter(a_model(), folder)
+    edit(folder, **{field: {"x": 1}})
+    refused(folder, rf"{CONFIG}: {field}={{'x': 1}} is not known to this version and may change the math")
+
+
 def test_another_method_is_refused(folder: Path) -> None:
     edit(folder, peft_type="IA3")
     refused(folder, "peft_type must be 'LORA', got 'IA3'")
@@ -146,20 +171,64 @@ FIRST = f"base_model.model.{INSIDE[0]}"
     [
         f"{FIRST}.lora_magnitude_vector",
         f"{FIRST}.lora_B.bias",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.lm_head.weight",
-        f"{INSIDE[0]}.lora_C.weight",
-        "lora_A.weight",
+        f"{FIRST}.base_layer.bias",
+        f"{FIRST}.lora_C.weight",
+        "base_model.model.model.norm.weight",
     ],
 )
 def test_an_extra_key_is_refused(folder: Path, key: str) -> None:
     with_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(2)}))
-    refused(folder, f"{WEIGHTS}: key '{key}' is not a lora_A or lora_B weight")
+    refused(folder, f"{WEIGHTS}: key '{key}' is none of lora_A, lora_B, .* nothing else is supported")
+
+
+@pytest.mark.parametrize("key", [f"{INSIDE[0]}.lora_A.weight", "lora_A.weight", f"../{FIRST}.lora_A.weight"])
+def test_a_key_without_the_prefix_is_refused(folder: Path, key: str) -> None:
+    with_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(2)}))
+    refused(folder, f"{WEIGHTS}: key '{key}' must begin with 'base_model.model.'")
+
+
+def test_a_head_that_is_not_this_base_s_is_refused(folder: Path) -> None:
+    """PEFT adds the head and the embeddings where it thinks they changed. A mere copy is nothing new."""
+    head = {"base_model.model.lm_head.weight": a_model().lm_head.weight.detach().clone()}
+    with_tensors(folder, lambda tensors: tensors.update(head))
+    load_adapter(a_model(), folder)
+    head["base_model.model.lm_head.weight"][0, 0] += 1
+    with_tensors(folder, lambda tensors: tensors.update(head))
+    refused(folder, "adapter for another base model: lm_head.base_layer.weight is not this one's weight")
 
 
 def test_half_an_adapter_is_refused(folder: Path) -> None:
     with_tensors(folder, lambda tensors: tensors.pop(f"{FIRST}.lora_B.weight"))
     refused(folder, rf"{INSIDE[0]} must have both lora_A and lora_B, found \['lora_A'\]")
+
+
+def test_half_an_embedding_s_adapter_is_refused(folder: Path) -> None:
+    key = "base_model.model.model.embed_tokens.lora_embedding_B"
+    with_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(8, 3)}))
+    refused(folder, "embed_tokens must have both lora_embedding_A and lora_embedding_B, found .'lora_embedding_B'")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    with_tensors(folder, lambda tensors: tensors[f"{FIRST}.lora_B.weight"].view(-1)[-1].fill_(value))
+    refused(folder, f"{WEIGHTS}: {FIRST}.lora_B.weight must hold finite numbers, it has NaN or infinity")
+
+
+def test_a_key_that_stands_twice_in_the_header_is_refused(folder: Path) -> None:
+    """The library takes the last one."""
+    data = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    key = f"{FIRST}.lora_A.weight"
+    text = json.dumps(header)[:-1] + f', "{key}": {json.dumps(header[key])}' + "}"
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + size :])
+    refused(folder, f"{WEIGHTS} is not a whole safetensors file: the key '{key}' stands there twice")
+
+
+def test_a_pipe_where_a_file_should_be_does_not_hang(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
+    refused(folder, f"{CONFIG} must be a JSON file")
 
 
 def test_no_tensors_at_all_are_refused(folder: Path) -> None:

@@ -95,6 +95,7 @@ def test_the_config_is_peft_s_fields(tmp_path: Path) -> None:
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {"up_proj": 7},
         "layers_to_transform": [0, 1],
+        "layers_pattern": None,
         "modules_to_save": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -197,17 +198,18 @@ def test_fields_that_change_nothing_are_ignored(folder: Path) -> None:
     assert torch.equal(load_adapter(a_model(), folder)(IDS), model(IDS))
 
 
-def test_layers_pattern_is_resolved_by_what_the_file_holds(tmp_path: Path) -> None:
-    """And the adapter is written again with the paths themselves, which need no pattern."""
-    model = trained(LoRAConfig(r=2, layers_to_transform=(1,)))
+def test_targets_that_are_not_named_are_those_the_file_holds(tmp_path: Path) -> None:
+    """And the adapter is written again with the paths themselves."""
+    model = trained(LoRAConfig(r=2, layers_to_transform=(1,), layers_pattern="layers"))
     save_adapter(model, tmp_path / "one")
-    edit(tmp_path / "one", layers_pattern="layers", layers_to_transform=1)
+    assert json.loads((tmp_path / "one" / CONFIG).read_text())["layers_pattern"] == "layers"
+    edit(tmp_path / "one", target_modules=None)
     again = load_adapter(a_model(), tmp_path / "one")
     assert torch.equal(again(IDS), model(IDS))
     save_adapter(again, tmp_path / "two")
     fields = json.loads((tmp_path / "two" / CONFIG).read_text())
     assert sorted(fields["target_modules"]) == sorted(path for path in INSIDE if ".1." in path)
-    assert fields["layers_to_transform"] is None
+    assert (fields["layers_to_transform"], fields["layers_pattern"]) == (None, None)
 
 
 def test_one_layer_number_is_a_list_of_one(tmp_path: Path) -> None:

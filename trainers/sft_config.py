@@ -1,7 +1,7 @@
 """The flags of `qlora sft`, and the rules that they must keep."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lora import LoRAConfig
@@ -33,6 +33,14 @@ class SFTConfig:
     """LoRA dropout."""
     target_modules: str = "all-linear"
     """all-linear, names with commas between (q_proj,v_proj), or a regex of the full path."""
+    exclude_modules: str = ""
+    """Left out of the targets: names with commas between, or a regex."""
+    layers_to_transform: list[int] = field(default_factory=list)
+    """Only these layer numbers; all of them by default."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of linear layers are trained too: all, or those beside an adapter."""
+    modules_to_save: str = ""
+    """Trained whole, in the adapter: names with commas between (lm_head, embed_tokens, norm)."""
     use_rslora: bool = False
     """Scale by alpha / √r."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -101,14 +109,22 @@ class SFTConfig:
 
     def lora(self) -> LoRAConfig:
         """The adapter that these flags describe. Raises ValueError for values that make none."""
-        names = self.target_modules.split(",")
         return LoRAConfig(
             r=self.r,
             alpha=self.alpha,
             dropout=self.dropout,
-            target_modules=names if len(names) > 1 or self.target_modules.isidentifier() else self.target_modules,
+            target_modules=_names_or_regex(self.target_modules),
+            exclude_modules=_names_or_regex(self.exclude_modules),
+            layers_to_transform=self.layers_to_transform or None,
+            bias=self.bias,
+            modules_to_save=self.modules_to_save.split(",") if self.modules_to_save else (),
             use_rslora=self.use_rslora,
         )
+
+
+def _names_or_regex(text: str) -> str | list[str]:
+    names = text.split(",")
+    return names if len(names) > 1 or text.isidentifier() else text
 
 
 def _flag(name: str) -> str:
