@@ -55,10 +55,12 @@ def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Mess
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
-    question = _text(row, "instruction", where)
+    instruction, answer = _text(row, "instruction", where), _text(row, "output", where)
+    messages = _one_turn(instruction, answer)
     if row.get("input") is not None and (given := _text(row, "input", where)):
-        question = f"{question}\n\n{given}"
-    return _one_turn(question, _text(row, "output", where))
+        parts = {"instruction": instruction, "input": given}  # for templates that write them apart
+        messages[0] |= {"content": f"{instruction}\n\n{given}", **parts}
+    return messages
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str) -> list[Message]:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from data import render, sandbox, template_of
+from data import budget, render, template_of
 from tests.toy_tokenizer import CHATML, ToyTokenizer
 
 MESSAGES = [{"role": "user", "content": "<b> & 'é'"}, {"role": "assistant", "content": "Xin chào\n"}]
@@ -96,21 +96,21 @@ NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% e
         ("{% for a in range(9) recursive %}{{ loop([1]) }}{% endfor %}", "recursive loops are not supported"),
         ("{{ range(1000000000) }}", "Range too big"),
         ("{{ 9 ** 9 ** 9 }}", "** of numbers above 64"),
-        ("{{ 'a' * 10000000000 }}", "a text or list longer than 50,000,000"),
-        ("{{ 10000000000 * [1] }}", "a text or list longer than 50,000,000"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "longer than"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "longer than"),
-        ("{% set x = 'a' * 10000000 %}{% for i in range(60) %}{{ x }}{% endfor %}", "longer than"),
+        ("{{ 'a' * 10000000000 }}", "a text or list larger than 10,000,000"),
+        ("{{ 10000000000 * [1] }}", "a text or list larger than 10,000,000"),
+        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "larger than"),
+        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "larger than"),
+        ("{% set x = 'a' * 10000000 %}{% for i in range(60) %}{{ x }}{% endfor %}", "larger than"),
     ],
 )  # fmt: skip
 def test_a_template_that_would_not_end(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(budget, "MAX_STEPS", 10_000)
     with pytest.raises(ValueError, match=re.escape(message)):
         rendered(template)
 
 
 def test_each_rendering_has_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 1001)
+    monkeypatch.setattr(budget, "MAX_STEPS", 1001)
     for _ in range(2):
         assert rendered("{% for a in range(1000) %}{% endfor %}done") == "done"
     with pytest.raises(ValueError, match="more than 1,001 loop turns and calls"):
