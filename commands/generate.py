@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from data.chat import question
 from data.encode import encode_prompt
 from models import Tokenizer, generate
 
@@ -41,6 +42,8 @@ class GenerateArgs(SamplingArgs):
 
     prompt: Annotated[str, tyro.conf.Positional] = "-"
     """The prompt; - reads it from standard input."""
+    input: str | None = None
+    """What the prompt is about, where the model learnt rows of an instruction and an input (Alpaca)."""
     num_generations: int = 1
     """How many answers."""
     raw: bool = False
@@ -67,7 +70,7 @@ def run(args: GenerateArgs) -> None:
     if not prompt.strip():
         raise ValueError("generate needs a prompt, and this one is empty")
     model, tokenizer = load(args)
-    messages = [{"role": "user", "content": prompt}]
+    messages = [question(prompt, args.input)]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     ids = tokenizer.encode(prompt) if args.raw else encode_prompt(tokenizer, messages)

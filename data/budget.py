@@ -26,7 +26,8 @@ MEMBER = 100
 MAX_BITS = 4096
 MAX_DIGITS = 4000
 
-LISTS = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_EMPTY: dict[str, str] = {}
+LISTS: Any = (list, tuple, type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
 PERCENT_WIDTH = re.compile(r"%(?:\(|[-#+ .0-9]*(?:[0-9]{4}|\*))")
 BRACE_WIDTH = re.compile(r"\{[^{}]*:")
 

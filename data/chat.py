@@ -52,6 +52,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
+def question(instruction: str, given: str | None = None) -> Message:
+    """A user's message: the instruction, and after a blank line what it is about, if anything."""
+    if not given:
+        return {"role": "user", "content": instruction}
+    return {"role": "user", "content": f"{instruction}\n\n{given}", "instruction": instruction, "input": given}
+
+
 def render(
     template: str,
     messages: Sequence[Mapping[str, str]],
@@ -89,9 +96,7 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _end_of_answer(
-    template: str, bos_token: str | None, eos_token: str | None, special: tuple[str, ...]
-) -> str | None:
+def _end_of_answer(template: str, bos_token: str | None, eos_token: str | None, special: tuple[str, ...]) -> str | None:
     """Seen after the answer of a tiny conversation."""
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:

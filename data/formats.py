@@ -27,7 +27,7 @@ import json
 import re
 from pathlib import Path
 
-from .chat import PLAIN_TEMPLATE, Tokenizer, render
+from .chat import PLAIN_TEMPLATE, Tokenizer, end_of_answer, render
 from .sandbox import MAX_TEMPLATE, compile_template
 
 CHATML = r"""
@@ -185,6 +185,20 @@ def format_name(tokenizer: Tokenizer) -> str | None:
         if chat_template(name, tokenizer) == tokenizer.chat_template:
             return name
     return None
+
+
+def describe(tokenizer: Tokenizer) -> str:
+    """Which template it is and what ends an answer, in a sentence."""
+    name = format_name(tokenizer)
+    own_end = FORMATS[name][1] if name in FORMATS else None
+    missing = f" (the format's {own_end} is no token of this vocabulary)" if _is_missing(own_end, tokenizer) else ""
+    end = end_of_answer(tokenizer) or tokenizer.eos_token
+    ends = f"an answer ends with {end}" if end else "nothing ends an answer"
+    return f"chat template: {name or 'one of its own'}; {ends}{missing}"
+
+
+def _is_missing(end: str | None, tokenizer: Tokenizer) -> bool:
+    return end is not None and end not in tokenizer.special_tokens
 
 
 def _as_the_models_own(tokenizer: Tokenizer) -> tuple[bool, str]:

@@ -32,11 +32,17 @@ from . import budget
 MAX_TEMPLATE = 100_000
 MAX_MESSAGE = 300
 
-FILTERS = (
-    "abs capitalize count d default dictsort e escape first float format groupby indent int items join last length "
-    "list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title "
-    "trim truncate unique upper"
-).split()
+
+def _words(*lines: str) -> set[str]:
+    return set(" ".join(lines).split())
+
+
+FILTERS = _words(
+    "abs capitalize count d default dictsort e escape first float format groupby indent int items last length list",
+    "lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim",
+    "truncate unique upper",
+)
+"""what jinja2 has of them; join and tojson are written here"""
 CHECKS: dict[str, Callable[..., None]] = {
     "replace": budget.check_replace,
     "indent": budget.check_indent,
@@ -51,21 +57,21 @@ CHECKS: dict[str, Callable[..., None]] = {
     "sum": budget.check_sum,
 }
 """filter → what looks at its arguments first"""
-FREE = {"count", "d", "default", "first", "last", "length"}
-SHALLOW = {"items", "list", "reverse"}
-LAZY = {"map", "reject", "rejectattr", "select", "selectattr"}
+FREE = _words("count d default first last length")
+SHALLOW = _words("items list reverse")
+LAZY = _words("map reject rejectattr select selectattr")
 """filters that go through nothing; through the members and not what they hold; through the members as they are asked"""
-TESTS_THAT_READ = "== != < > <= >= eq equalto ne lt lessthan le gt greaterthan ge in lower upper".split()
+TESTS_THAT_READ = _words("== != < > <= >= eq equalto ne lt lessthan le gt greaterthan ge in lower upper")
 
-METHODS = {
-    str: set(
-        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier "
-        "islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix "
-        "replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper".split()
+METHODS: dict[type, set[str]] = {
+    str: _words(
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower",
+        "isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace",
+        "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper",
     ),
-    list: {"copy", "count", "index"},
-    tuple: {"count", "index"},
-    dict: {"copy", "get", "items", "keys", "values"},
+    list: _words("copy count index"),
+    tuple: _words("count index"),
+    dict: _words("copy get items keys values"),
 }
 
 
@@ -185,9 +191,9 @@ class _Counted(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        for operand in (node, *node.ops):
-            if not isinstance(operand.expr, nodes.Const):
-                operand.expr = _filtered(operand.expr, "counted_operand")
+        node.expr = _filtered(node.expr, "counted_operand")
+        for operand in node.ops:
+            operand.expr = _filtered(operand.expr, "counted_operand")
         return node
 
     def visit_List(self, node: nodes.Expr) -> nodes.Node:
@@ -283,7 +289,7 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
     return bounded
 
 
-def _bounded_test(name: str, function: Callable) -> Callable:
+def _bounded_test(name: str, function: Any) -> Callable:
     @pass_context
     def bounded(context: Context, value: Any, *args: Any) -> Any:
         budget.step()
@@ -367,7 +373,7 @@ def _cost(body: list[Any]) -> int:
     return sum(1 for node in body for _ in node.find_all(nodes.Node)) // 10
 
 
-def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+def _filtered(node: Any, name: str, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .chat import Message
+from .chat import Message, question
 
 ROLES = ("system", "user", "assistant")
 
@@ -55,12 +55,9 @@ def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Mess
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
-    instruction, answer = _text(row, "instruction", where), _text(row, "output", where)
-    messages = _one_turn(instruction, answer)
-    if row.get("input") is not None and (given := _text(row, "input", where)):
-        parts = {"instruction": instruction, "input": given}  # for templates that write them apart
-        messages[0] |= {"content": f"{instruction}\n\n{given}", **parts}
-    return messages
+    given = _text(row, "input", where) if row.get("input") is not None else None
+    asked = question(_text(row, "instruction", where), given)
+    return [asked, {"role": "assistant", "content": _text(row, "output", where)}]
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str) -> list[Message]:

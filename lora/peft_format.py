@@ -8,6 +8,7 @@ The adapter's name is not in the file: it is chosen when loading.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ from .linear import LoRALinear, base_weight
 
 PREFIX, BASE_COPY = "base_model.model.", ".base_layer.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BESIDE = {
+    "README.md",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+"""what else an adapter's folder holds, here and where PEFT and TRL write it"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNSUPPORTED = {
     "use_dora": False,
@@ -50,10 +60,15 @@ that its start has changed (PEFT's save_pretrained can convert it), and mica tra
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, name: str = "default", base_model_name: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    base_model_name: str | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write adapter `name` so that PEFT loads it. The folder is written aside, then takes the place of an older one.
 
+    `beside` writes more files into the folder: a tokenizer's `save`, so that the chat template goes with the adapter.
     Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
     lost. OSError where the folder cannot be written.
     """
@@ -67,12 +82,14 @@ def save_adapter(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().cpu().contiguous()
     config = _to_peft(state.configs[name], list(layers), base_model_name)
-    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, "README.md"} if folder.is_dir() else set()
+    others = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, *BESIDE} if folder.is_dir() else set()
     if others:
         raise ValueError(f"{folder} must be new, empty or an adapter's folder to be written, it holds {sorted(others)}")
     with written_aside(folder) as aside:
         _write_tensors(tensors, aside / WEIGHTS)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if beside is not None:
+            beside(aside)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, trainable: bool = False) -> nn.Module:
