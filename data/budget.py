@@ -28,6 +28,7 @@ MAX_DIGITS = 4000
 
 _EMPTY: dict[str, str] = {}
 LISTS: Any = (list, tuple, type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items()))
+SIZED: Any = (*LISTS, str, dict, range)
 PERCENT_WIDTH = re.compile(r"%(?:\(|[-#+ .0-9]*(?:[0-9]{4}|\*))")
 BRACE_WIDTH = re.compile(r"\{[^{}]*:")
 
@@ -81,10 +82,8 @@ def read(*values: Any) -> None:
 
 def touched(value: Any) -> None:
     """Pay for going through the members of `value`, and not what they hold."""
-    if isinstance(value, str):
-        pay(len(value) // 10)
-    elif isinstance(value, (*LISTS, dict, range)):
-        pay(len(value) * MEMBER // 10)
+    if isinstance(value, SIZED):
+        pay(len(value) * (1 if isinstance(value, str) else MEMBER) // 10)
 
 
 def counted(items: Iterable, count: int = 1) -> Iterator:

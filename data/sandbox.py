@@ -274,7 +274,7 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
     @pass_context  # keeps jinja2 from running it once, at compile time
     def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget.step()
-        if name in LAZY and isinstance(value, (*budget.LISTS, dict, str, range)):
+        if name in LAZY and isinstance(value, budget.SIZED):
             value = budget.counted(value)
         elif name in SHALLOW:
             budget.touched(value)
