@@ -22,7 +22,7 @@ LOOPS, END = "{% for i in range(99999) %}{% for j in range(99999) %}", "{% endfo
 GROW = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
 
 STEPS = "more than 20,000 loop turns and calls"
-PAID = "more than 12,000,000 characters written and gone through"
+PAID = "more than 20,000,000 characters written and gone through"
 LARGE = "a text or list larger than 10,000,000"
 DEEP = "maximum recursion depth exceeded"
 ATTACKS = {
@@ -122,7 +122,7 @@ ATTACKS = {
 RUN = """
 import json, resource, sys, time
 from data import budget, render
-budget.MAX_STEPS, budget.MAX_PAID = 20_000, 12_000_000
+budget.MAX_STEPS, budget.MAX_PAID = 20_000, 20_000_000
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
