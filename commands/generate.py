@@ -51,14 +51,18 @@ class GenerateArgs(SamplingArgs):
 
 
 class TextStream:
-    """Prints a row's tokens as they come, as soon as they make whole characters."""
+    """Prints a row's tokens as they come, as soon as they make whole characters.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.ids, self.printed = tokenizer, list[int](), 0
+    An answer's first space is the template's ("ASSISTANT: Hi") and is not printed; a raw text's is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, raw: bool = False) -> None:
+        self.tokenizer, self.raw, self.ids, self.printed = tokenizer, raw, list[int](), 0
 
     def __call__(self, row: int, token: int) -> None:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = text if self.raw else text.removeprefix(" ")
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             sys.stdout.write(text[self.printed :])
             sys.stdout.flush()
@@ -74,7 +78,7 @@ def run(args: GenerateArgs) -> None:
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     ids = tokenizer.encode(prompt) if args.raw else encode_prompt(tokenizer, messages)
-    stream = TextStream(tokenizer) if args.num_generations == 1 else None
+    stream = TextStream(tokenizer, args.raw) if args.num_generations == 1 else None
     completions = generate(
         model,
         [ids],

@@ -9,7 +9,8 @@ what it writes there is dropped and EOS is put, and learnt: generation stops on 
 
  - The text before an answer is tokenized apart from the answer (the ┃), so that training sees exactly the ids that
    generation starts from. Everything else is tokenized as one text, as transformers does: the ids are the same unless
-   a token would reach across the ┃ (an answer that starts with a newline, in ChatML) or the end token is missing.
+   a token would reach across the ┃ (an answer that starts with a newline, in ChatML; where a newline is a word of its
+   own, as in GPT-2, the two that end Llama 3's prompt) or the end token is missing.
  - Special tokens are read only in the template's own text. "<|im_end|>" inside a message stays plain text.
  - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
  - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.

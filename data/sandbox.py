@@ -6,8 +6,8 @@ there: trim_blocks, lstrip_blocks, break and continue, tojson that leaves <>&' a
 strftime_now, {% generation %}, and a namespace that takes no underscore names.
 
 A sandboxed template could still run for ever or fill the memory, so everything it computes is paid for (budget.py): the
-parsed template is rewritten so that loops, lists, comparisons and prints pass through filters that count, and the
-methods, filters and tests it can call are those of which the cost is known. A template is at most MAX_TEMPLATE
+parsed template is rewritten so that loops, lists, comparisons and prints pass through filters that count (counting.py),
+and the methods, filters and tests it can call are those of which the cost is known. A template is at most MAX_TEMPLATE
 characters. Left out, since nobody's template needs them: include, import, recursive loops, autoescape blocks, lipsum,
 cycler, joiner, and filters for web pages or random answers.
 """
@@ -25,9 +25,9 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
 from . import budget
+from .counting import COUNTERS, Counted
 
 MAX_TEMPLATE = 100_000
 MAX_MESSAGE = 300
@@ -111,7 +111,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Counted().visit(super()._parse(source, name, filename))
+        return Counted().visit(super()._parse(source, name, filename))
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget.step()
@@ -148,75 +148,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(argument, tuple):
             budget.read(argument)
         return super().getitem(obj, argument)
-
-
-class _Counted(NodeTransformer):
-    """Puts the counting into a parsed template."""
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        if node.recursive:
-            raise TemplateSyntaxError("recursive loops are not supported", node.lineno)
-        turn = nodes.Const(1 + _cost([node.test] if node.test else []))
-        self._body(node)
-        node.iter = _filtered(node.iter, "counted_items", turn)
-        return node
-
-    def visit_Macro(self, node: Any) -> nodes.Node:
-        return self._body(node)
-
-    visit_CallBlock = visit_Block = visit_Macro
-
-    def _body(self, node: Any) -> nodes.Node:
-        """Each time that the body runs, its length is paid for."""
-        cost = _cost(node.body)
-        self.generic_visit(node)
-        if cost:
-            node.body.insert(0, nodes.Output([_filtered(nodes.Const(cost), "counted_body")], lineno=node.lineno))
-        return node
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Output:
-        self.generic_visit(node)
-        shown: list[nodes.Expr] = []
-        for part in node.nodes:
-            if isinstance(part, nodes.TemplateData):
-                shown += [_filtered(nodes.Const(len(part.data)), "counted_text"), part]
-            else:
-                shown.append(_filtered(part, "counted_print"))
-        node.nodes = shown
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes), "counted_concat")
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        self.generic_visit(node)
-        node.expr = _filtered(node.expr, "counted_operand")
-        for operand in node.ops:
-            operand.expr = _filtered(operand.expr, "counted_operand")
-        return node
-
-    def visit_List(self, node: nodes.Expr) -> nodes.Node:
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") == "store" else _filtered(node, "counted_value")
-
-    visit_Tuple = visit_Dict = visit_List
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, "counted_value") if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_Name(self, node: nodes.Name) -> nodes.Node:
-        arguments = node.ctx == "load" and node.name in ("varargs", "kwargs")
-        return _filtered(node, "counted_value") if arguments else node
-
-    def visit_Include(self, node: nodes.Node) -> nodes.Node:
-        raise TemplateSyntaxError("other files cannot be read: there is no loader for this environment", node.lineno)
-
-    visit_Import = visit_FromImport = visit_Extends = visit_Include
-
-    def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
-        raise TemplateSyntaxError("autoescape is not supported", node.lineno)
 
 
 class _Generation(Extension):
@@ -321,45 +252,6 @@ def _tojson(context: Context, value: Any, *args: Any, **kwargs: Any) -> str:
     return budget.made(budget.tojson(value, *args, **kwargs))
 
 
-def _counter(count: Callable[..., Any]) -> Callable:
-    """A filter that calls `count`."""
-
-    @pass_context
-    def counter(_context: Context, *args: Any) -> Any:
-        return count(*args)
-
-    return counter
-
-
-def _operand(value: Any) -> Any:
-    budget.read(value)
-    return value
-
-
-def _print(value: Any) -> Any:
-    budget.step()
-    return budget.made(value)
-
-
-def _nothing(count: Callable[[int], None]) -> Callable[[int], str]:
-    def counted(amount: int) -> str:
-        count(amount)
-        return ""
-
-    return counted
-
-
-COUNTERS = {
-    "counted_items": _counter(budget.counted),
-    "counted_value": _counter(budget.made),
-    "counted_operand": _counter(_operand),
-    "counted_print": _counter(_print),
-    "counted_concat": _counter(lambda parts: _print(budget.join("", parts))),
-    "counted_text": _counter(_nothing(budget.pay)),
-    "counted_body": _counter(_nothing(budget.step)),
-}
-
-
 def _check_method(owner: Any, name: str) -> None:
     if isinstance(owner, LoopContext | _Dict):
         return
@@ -367,14 +259,6 @@ def _check_method(owner: Any, name: str) -> None:
         if isinstance(owner, kind) and name in names:
             return
     raise SecurityError(f"{type(owner).__name__} has no method {name!r} here")
-
-
-def _cost(body: list[Any]) -> int:
-    return sum(1 for node in body for _ in node.find_all(nodes.Node)) // 10
-
-
-def _filtered(node: Any, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
 def _raise_exception(message: str) -> None:

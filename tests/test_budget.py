@@ -1,8 +1,8 @@
 """data/budget.py and data/sandbox.py: a template that means harm ends in one line, in bounded time and memory.
 
 Every attack runs with memory limited by the system to 1 GB above what the process had, and processor time to a minute
-for all of them. Steps and payments are scaled down, so that those that run until they are used up are quick too; what a
-full budget costs is in docs/log.md. That templates of the field are not touched is checked in tests/peers.
+for all of them. Steps and payments are scaled down, so that those that run until they are used up are quick too. That
+templates of the field give the same text as without a budget is checked in tests/peers.
 """
 
 import json
@@ -28,6 +28,11 @@ DEEP = "maximum recursion depth exceeded"
 ATTACKS = {
     "loops": (LOOPS + END, STEPS),
     "a filtered loop": ("{% for a in range(99999) if a < 0 and a < 0 %}{% endfor %}", STEPS),
+    "steps given back": (LOOPS + "{{ (-9999) | counted_body }}" + END, STEPS),
+    "steps given back by name": (LOOPS + "{{ [-9999] | map('counted_body') | list }}" + END, STEPS),
+    "text given back": ("{% set x = 'a' * 900000 %}{% for i in range(999) %}{{ (-9999999) | counted_text }}"
+                        "{% set y = x ~ i %}{% endfor %}", PAID),
+    "turns given back": ("{% for i in range(9999) | counted_items(-99) %}{% for j in range(9999) %}" + END, STEPS),
     "prints": (LOOPS + "{{ i }}" + END, STEPS),
     "filters": (LOOPS + "{% set x = i | abs %}" + END, STEPS),
     "calls": (LOOPS + "{% set x = namespace() %}" + END, STEPS),

@@ -3,6 +3,10 @@
 The texts are written out by hand. That ids and masks equal transformers' is checked in tests/peers/test_formats.py.
 """
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from data import FORMATS, chat_template, encode_messages, encode_prompt, format_name, render
@@ -213,3 +217,23 @@ def test_roles_that_a_format_does_not_have(choice: str) -> None:
     for messages in ([*TURNS, SYSTEM, *TURNS], [TURNS[0], {"role": "tool", "content": "x"}, TURNS[1]]):
         with pytest.raises(ValueError, match=r"one system message in front, not (system|tool)"):
             encode_messages(speaking(choice), messages, max_seq_length=99)
+
+
+DOCUMENTED = [question("Add.", "2, 2"), TURNS[1], *(
+    {"role": role, "content": text} for role, text in (("user", "Thanks!"), ("assistant", "Any time."))
+)]  # fmt: skip
+
+
+def written(choice: str) -> str:
+    """The conversation of docs/formats.md, for a vocabulary that has every special token."""
+    tokenizer = ToyTokenizer(None, eos_token="</s>")
+    template = chat_template(choice, tokenizer)
+    return render(template, DOCUMENTED, bos_token=None, eos_token="</s>")
+
+
+def test_the_docs_show_each_format() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^`([\w-]+)`\n\n```\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE))
+    assert blocks == {choice: written(choice).rstrip("\n") for choice in FORMATS}
+    shown = re.search(r"```json\n(\[\n  \{\"role\".*?)```", page, re.DOTALL)
+    assert json.loads(shown[1]) == DOCUMENTED
