@@ -35,4 +35,4 @@ def run(args: ChatArgs) -> None:
             [completion] = generate(model, [prompt], stop_ids=tokenizer.eos_ids, on_token=stream, **args.options())
             print()
             answer = tokenizer.decode(completion.ids, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": answer.strip()})  # a template writes its own spaces

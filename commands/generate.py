@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from data.chat import question
 from data.encode import encode_prompt
 from models import Tokenizer, generate
 
@@ -41,6 +42,8 @@ class GenerateArgs(SamplingArgs):
 
     prompt: Annotated[str, tyro.conf.Positional] = "-"
     """The prompt; - reads it from standard input."""
+    input: str | None = None
+    """What the prompt is about, where the model learnt rows of an instruction and an input (Alpaca)."""
     num_generations: int = 1
     """How many answers."""
     raw: bool = False
@@ -48,14 +51,18 @@ class GenerateArgs(SamplingArgs):
 
 
 class TextStream:
-    """Prints a row's tokens as they come, as soon as they make whole characters."""
+    """Prints a row's tokens as they come, as soon as they make whole characters.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.ids, self.printed = tokenizer, list[int](), 0
+    An answer's first space is the template's ("ASSISTANT: Hi") and is not printed; a raw text's is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, raw: bool = False) -> None:
+        self.tokenizer, self.raw, self.ids, self.printed = tokenizer, raw, list[int](), 0
 
     def __call__(self, row: int, token: int) -> None:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = text if self.raw else text.removeprefix(" ")
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             sys.stdout.write(text[self.printed :])
             sys.stdout.flush()
@@ -67,11 +74,11 @@ def run(args: GenerateArgs) -> None:
     if not prompt.strip():
         raise ValueError("generate needs a prompt, and this one is empty")
     model, tokenizer = load(args)
-    messages = [{"role": "user", "content": prompt}]
+    messages = [question(prompt, args.input)]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     ids = tokenizer.encode(prompt) if args.raw else encode_prompt(tokenizer, messages)
-    stream = TextStream(tokenizer) if args.num_generations == 1 else None
+    stream = TextStream(tokenizer, args.raw) if args.num_generations == 1 else None
     completions = generate(
         model,
         [ids],

@@ -5,25 +5,42 @@ file ──sources──▶ rows ──schema──▶ messages ──chat──
 
 from .batch import Batch, collate, epoch_order, step_rows
 from .chat import Message, Tokenizer, render, template_of
-from .encode import LEGEND, Encoded, EncodedDataset, EncodeReport, encode_dataset, encode_messages, encode_prompt, show
+from .encode import (
+    LEARN,
+    LEGEND,
+    Encoded,
+    EncodedDataset,
+    EncodeReport,
+    Learn,
+    encode_dataset,
+    encode_messages,
+    encode_prompt,
+    show,
+)
+from .formats import FORMATS, chat_template, format_name
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
 
 __all__ = [
+    "FORMATS",
+    "LEARN",
     "LEGEND",
     "Batch",
     "EncodeReport",
     "Encoded",
     "EncodedDataset",
+    "Learn",
     "Message",
     "Schema",
     "Tokenizer",
+    "chat_template",
     "collate",
     "detect",
     "encode_dataset",
     "encode_messages",
     "encode_prompt",
     "epoch_order",
+    "format_name",
     "read_rows",
     "render",
     "show",

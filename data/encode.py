@@ -3,30 +3,36 @@
     text    <|im_start|>user⏎2+2?<|im_end|>⏎<|im_start|>assistant⏎ ┃ 4<|im_end|> ⏎
     mask    0 0 0 0 …                                              ┃ 1 1         0
 
-Learnt is each answer and the end token after it, so that the model learns to stop; nothing else. If the template writes
-no end token after the last answer, what it writes there is dropped and EOS is put, and learnt.
+Learnt is each answer and the end token after it, so that the model learns to stop; nothing else. `learn` may also be
+"last", the last answer alone, or "everything", every token. If the template writes no end token after the last answer,
+what it writes there is dropped and EOS is put, and learnt: generation stops on ids, not on texts such as "USER:".
 
  - The text before an answer is tokenized apart from the answer (the ┃), so that training sees exactly the ids that
    generation starts from. Everything else is tokenized as one text, as transformers does: the ids are the same unless
-   a token would reach across the ┃ (an answer that starts with a newline, in ChatML) or the end token is missing.
+   a token would reach across the ┃ (an answer that starts with a newline, in ChatML; where a newline is a word of its
+   own, as in GPT-2, the two that end Llama 3's prompt) or the end token is missing.
  - Special tokens are read only in the template's own text. "<|im_end|>" inside a message stays plain text.
  - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
  - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.
 
-`show` prints an example in colour, as `qlora inspect data` does. Left out: packing, and learning only some answers.
+`show` prints an example in colour, as `qlora inspect data` does. Left out: packing.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby, pairwise
+from typing import Literal
 
 from rich.text import Text
 
-from .chat import Message, Tokenizer, render, template_of
+from .chat import Message, Tokenizer, any_of, end_of_answer, render, template_of
 from .schema import Schema, to_messages
 from .spans import Rendering, Span, locate
+
+Learn = Literal["answers", "last", "everything"]
+LEARN: tuple[Learn, ...] = ("answers", "last", "everything")
 
 LEARNT, CONTEXT = "green", "dim"
 LEGEND = Text.assemble(
@@ -75,7 +81,13 @@ class EncodedDataset:
 
 
 def encode_dataset(
-    tokenizer: Tokenizer, rows: Sequence[Mapping], schema: Schema, *, max_seq_length: int, path: str
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping],
+    schema: Schema,
+    *,
+    max_seq_length: int,
+    path: str,
+    learn: Learn = "answers",
 ) -> EncodedDataset:
     """Every row of a file → examples. Raises ValueError, naming the row, for a bad one, and when none is left."""
     examples, row_indices, truncated, dropped = [], [], 0, 0
@@ -83,7 +95,7 @@ def encode_dataset(
         where = f"{path}: row {i + 1}"
         messages = to_messages(row, schema, where)
         try:
-            example = encode_messages(tokenizer, messages, max_seq_length=max_seq_length)
+            example = encode_messages(tokenizer, messages, max_seq_length=max_seq_length, learn=learn)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         truncated += example.n_truncated > 0
@@ -108,7 +120,9 @@ def encode_dataset(
     return EncodedDataset(examples, row_indices, report)
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], *, max_seq_length: int) -> Encoded:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, max_seq_length: int, learn: Learn = "answers"
+) -> Encoded:
     """One conversation → ids and mask, cut to max_seq_length.
 
     Raises ValueError when the template refuses the conversation, when an answer cannot be placed, and when an end
@@ -116,7 +130,9 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], *, max_se
     """
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}")
-    ids, mask = _encode(tokenizer, messages)
+    if learn not in LEARN:
+        raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {learn!r}")
+    ids, mask = _encode(tokenizer, messages, learn)
     n_truncated = max(0, len(ids) - max_seq_length)
     return Encoded(ids[:max_seq_length], mask[:max_seq_length], n_truncated)
 
@@ -127,7 +143,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     They are the ids before the answer in `encode_messages` of the answered conversation, whenever the template's text
     with the generation prompt is the beginning of its text with the answer.
     """
-    return _encode(tokenizer, messages, add_generation_prompt=True)[0]
+    return _encode(tokenizer, messages, "answers", add_generation_prompt=True)[0]
 
 
 def show(tokenizer: Tokenizer, encoded: Encoded) -> Text:
@@ -146,28 +162,28 @@ def show(tokenizer: Tokenizer, encoded: Encoded) -> Text:
 
 
 def _encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: Tokenizer, messages: Sequence[Message], learn: Learn, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
     """ids and mask of a whole conversation, with EOS where the last answer has no end token."""
     rendering = _locate(tokenizer, messages, add_generation_prompt)
-    end_token = _end_token(tokenizer)
-    ends = [end_token.match(rendering.text, stop) for _, stop in rendering.answers]
+    end_token, last = _end_token(tokenizer), len(messages) - 1
     learnt, edges = {}, {0, len(rendering.text)}
-    for (start, stop), end in zip(rendering.answers, ends, strict=True):
-        learnt[start] = end.end() if end else stop
+    last_is_open = False
+    for i, (start, stop) in rendering.answers.items():
+        end = end_token.match(rendering.text, stop)
         edges |= {start} if end else {start, stop}
-    answered = not add_generation_prompt and messages[-1]["role"] == "assistant"
-    last_is_open = answered and bool(ends) and ends[-1] is None
-    if last_is_open:
-        edges = {edge for edge in edges if edge <= rendering.answers[-1][1]}
+        if learn != "last" or i == last:
+            learnt[start] = end.end() if end else stop
+        if i == last and not end and not add_generation_prompt:
+            last_is_open = True
+            edges = {edge for edge in edges if edge <= stop}
 
     ids: list[int] = []
     mask: list[int] = []
-    places = sorted(edges)
-    for start, stop in pairwise(places):
+    for start, stop in pairwise(sorted(edges)):
         for token, offset in _tokenize(tokenizer, rendering, start, stop):
             ids.append(token)
-            mask.append(int(offset < learnt.get(start, start)))
+            mask.append(int(learn == "everything" or offset < learnt.get(start, start)))
     if last_is_open:
         ids.append(_eos_id(tokenizer))
         mask.append(1)
@@ -220,36 +236,15 @@ def _overlaps(span: Span, contents: list[Span]) -> bool:
 
 
 def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Matches any special token's text, the longest first, as tokenizers do."""
-    return _any_of(tuple(tokenizer.special_tokens))
+    """Matches any special token's text."""
+    return any_of(tuple(tokenizer.special_tokens))
 
 
 def _end_token(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches white space and an end token: an EOS, or the special token that the template writes after an answer."""
     eos = [token for token, number in tokenizer.special_tokens.items() if number in tokenizer.eos_ids]
-    written = _written_end(
-        template_of(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tuple(tokenizer.special_tokens)
-    )
-    named = [tokenizer.eos_token] if tokenizer.eos_token else []
-    return _any_of((*eos, *named, *written), before=r"\s*")
-
-
-@lru_cache(maxsize=16)
-def _written_end(template: str, bos_token: str | None, eos_token: str | None, special: tuple[str, ...]) -> list[str]:
-    """The special token after the answer of a tiny conversation, if any: a chat model's EOS is not always it."""
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        text = render(template, probe, bos_token=bos_token, eos_token=eos_token)
-    except ValueError:
-        return []
-    found = _any_of(special, before=r"\s*").match(text.rpartition("answer")[2])
-    return [found[0].strip()] if found else []
-
-
-@lru_cache(maxsize=64)
-def _any_of(tokens: tuple[str, ...], before: str = "") -> re.Pattern[str]:
-    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile(f"{before}(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    named = (tokenizer.eos_token, end_of_answer(tokenizer))
+    return any_of((*eos, *filter(None, named)), before=r"\s*")
 
 
 def _eos_id(tokenizer: Tokenizer) -> int:

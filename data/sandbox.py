@@ -1,19 +1,18 @@
-"""A chat template is a program that came with a model: where it runs, and how much it may do.
+"""A chat template is a program that came with a model: where it runs, and what it may use.
 
 jinja2's ImmutableSandboxedEnvironment keeps it away from Python: no underscore attributes, no files, no imports, no
 changes to the messages. The rest is set as transformers sets it, so that a template gives the same text here and
 there: trim_blocks, lstrip_blocks, break and continue, tojson that leaves <>&' and non-ASCII alone, raise_exception,
 strftime_now, {% generation %}, and a namespace that takes no underscore names.
 
-A sandboxed template could still run for ever or fill the memory. So every loop turn and every call is a step, a
-rendering has MAX_STEPS of them, and no text or list longer than MAX_LENGTH comes out of + * ~ or the whole template.
-Left out: a filter's own width (`center(10 ** 8)`) and a list that holds itself many times over are not counted. They
-waste memory; they reach nothing. lipsum, jinja2's text generator, is not there, and a loop may not be recursive.
+A sandboxed template could still run for ever or fill the memory, so everything it computes is paid for (budget.py): the
+parsed template is rewritten so that loops, lists, comparisons and prints pass through filters that count (counting.py),
+and the methods, filters and tests it can call are those of which the cost is known. A template is at most MAX_TEMPLATE
+characters. Left out, since nobody's template needs them: include, import, recursive loops, autoescape blocks, lipsum,
+cycler, joiner, and filters for web pages or random answers.
 """
 
-import json
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -21,21 +20,72 @@ from typing import Any
 from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000
-MAX_LENGTH = 50_000_000
+from . import budget
+from .counting import COUNTERS, Counted
 
-_steps_left: ContextVar[int] = ContextVar("steps left in this rendering")
+MAX_TEMPLATE = 100_000
+MAX_MESSAGE = 300
+
+
+def _words(*lines: str) -> set[str]:
+    return set(" ".join(lines).split())
+
+
+FILTERS = _words(
+    "abs capitalize count d default dictsort e escape first float format groupby indent int items last length list",
+    "lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim",
+    "truncate unique upper",
+)
+"""what jinja2 has of them; join and tojson are written here"""
+CHECKS: dict[str, Callable[..., None]] = {
+    "replace": budget.check_replace,
+    "indent": budget.check_indent,
+    "format": budget.check_percent,
+    "list": budget.check_as_list,
+    "sort": budget.check_as_list,
+    "groupby": budget.check_as_list,
+    "title": budget.check_as_list,
+    "int": budget.check_digits,
+    "float": budget.check_digits,
+    "round": budget.check_round,
+    "sum": budget.check_sum,
+}
+"""filter → what looks at its arguments first"""
+FREE = _words("count d default first last length")
+SHALLOW = _words("items list reverse")
+LAZY = _words("map reject rejectattr select selectattr")
+"""filters that go through nothing; through the members and not what they hold; through the members as they are asked"""
+TESTS_THAT_READ = _words("== != < > <= >= eq equalto ne lt lessthan le gt greaterthan ge in lower upper")
+
+METHODS: dict[type, set[str]] = {
+    str: _words(
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower",
+        "isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace",
+        "rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper",
+    ),
+    list: _words("copy count index"),
+    tuple: _words("count index"),
+    dict: _words("copy get items keys values"),
+}
+
+
+TEXT_CHECKS = {"replace": budget.check_replace} | dict.fromkeys(
+    ("rfind", "rindex", "rpartition", "rsplit"), budget.check_search_from_the_end
+)
+"""method of a text → what looks at its arguments first"""
 
 
 @lru_cache(maxsize=16)
 def compile_template(source: str) -> Template:
     """Source → a template that `run` can render. Raises ValueError with the template's line when it does not parse."""
+    if len(source) > MAX_TEMPLATE:
+        raise ValueError(f"a chat template has at most {MAX_TEMPLATE:,} characters, got {len(source):,}")
     try:
         return _environment().from_string(source)
     except TemplateSyntaxError as error:
@@ -45,56 +95,59 @@ def compile_template(source: str) -> Template:
 
 
 def run(template: Template, **variables: Any) -> str:
-    """Render within the limits. Raises ValueError, in one line, for whatever stops the template."""
-    token = _steps_left.set(MAX_STEPS)
+    """Render within the budget. Raises ValueError, in one line, for whatever stops the template."""
     pieces, length = [], 0
     try:
-        for piece in template.generate(**variables):
-            length += len(piece)
-            _check_length(length)
-            pieces.append(piece)
+        with budget.budget():
+            for piece in template.generate(**variables):
+                length = budget.fits(length + len(piece))
+                pieces.append(piece)
     except Exception as error:  # foreign code: whatever it raises is its refusal
         raise ValueError(f"chat template refuses this conversation: {_one_line(error)}") from error
-    finally:
-        _steps_left.reset(token)
     return "".join(pieces)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Counted().visit(super()._parse(source, name, filename))
+        return Counted().visit(super()._parse(source, name, filename))
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        _step()
-        return super().call(context, function, *args, **kwargs)
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget.step()
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if owner is not None:
+            _check_method(owner, name)
+        if isinstance(owner, str) and name == "join" and args:
+            return budget.made(budget.join(owner, args[0]))
+        if isinstance(owner, str) and name in TEXT_CHECKS:
+            TEXT_CHECKS[name](owner, *args, **kwargs)
+        if owner is not None:
+            budget.read(*args, *([] if isinstance(owner, dict) else [owner]))
+        return budget.made(super().call(context, function, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable | None:
+        function = super().wrap_str_format(value)
+        if function is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            if value.__name__ != "format":
+                raise SecurityError(f"str has no method {value.__name__!r} here")
+            budget.check_format(value.__self__, *args, **kwargs)
+            return function(*args, **kwargs)
+
+        return checked
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _step()
-        if operator == "**" and not (_is_small(left) and _is_small(right)):
-            raise SecurityError("** of numbers above 64")
-        if operator == "*":
-            _check_length(_length(left) * right if isinstance(right, int) else 0)
-            _check_length(_length(right) * left if isinstance(left, int) else 0)
-        if operator == "+":
-            _check_length(_length(left) + _length(right))
-        return super().call_binop(context, operator, left, right)
+        budget.step()
+        budget.check_binop(operator, left, right)
+        return budget.made(super().call_binop(context, operator, left, right))
 
-
-class _Counted(NodeTransformer):
-    """Puts the counting into a parsed template: every loop's items and every result of ~ pass through a filter."""
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        if node.recursive:
-            raise TemplateSyntaxError("recursive loops are not supported", node.lineno)
-        node.iter = _filtered(node.iter, "counted_items")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        self.generic_visit(node)
-        return _filtered(node, "counted_text")
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            budget.read(argument)
+        return super().getitem(obj, argument)
 
 
 class _Generation(Extension):
@@ -119,6 +172,9 @@ class _Namespace(Namespace):
         _refuse_underscore(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:  # jinja2's prints what it holds, itself among it
+        return "<Namespace>"
+
 
 class _Dict:
     """What a template may do with `dict`: call it, and fromkeys."""
@@ -132,15 +188,77 @@ class _Dict:
 
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters |= {"tojson": _tojson, "counted_items": _counted_items, "counted_text": _counted_text}
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
+    filters = {name: _bounded_filter(name, environment.filters[name]) for name in FILTERS}
+    environment.filters = filters | COUNTERS | {"join": _join, "tojson": _tojson}
+    environment.tests = {name: _bounded_test(name, test) for name, test in environment.tests.items()}
+    environment.globals = {
+        "range": environment.globals["range"],
         "dict": _Dict(),
         "namespace": _Namespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
     }
-    del environment.globals["lipsum"]
     return environment
+
+
+def _bounded_filter(name: str, function: Callable) -> Callable:
+    @pass_context  # keeps jinja2 from running it once, at compile time
+    def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget.step()
+        if name in LAZY and isinstance(value, budget.SIZED):
+            value = budget.counted(value)
+        elif name in SHALLOW:
+            budget.touched(value)
+        elif name not in FREE:
+            budget.read(value, *args, *kwargs.values())
+        if name in CHECKS:
+            CHECKS[name](value, *args, **kwargs)
+        result = function(*_first_arguments(function, context), value, *args, **kwargs)
+        is_lazy = isinstance(result, Iterator) and not isinstance(result, LoopContext)
+        return budget.counted(result) if is_lazy else budget.made(result)
+
+    return bounded
+
+
+def _bounded_test(name: str, function: Any) -> Callable:
+    @pass_context
+    def bounded(context: Context, value: Any, *args: Any) -> Any:
+        budget.step()
+        if name in TESTS_THAT_READ:
+            budget.read(value, *args)
+        return function(*_first_arguments(function, context), value, *args)
+
+    return bounded
+
+
+def _first_arguments(function: Callable, context: Context) -> list[Any]:
+    """What jinja2 would put before a filter's value."""
+    kind = getattr(function, "jinja_pass_arg", None)
+    offered = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
+    return [] if kind is None else [offered[kind.name]]
+
+
+@pass_context
+def _join(context: Context, value: Iterable, d: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        value = map(make_attrgetter(context.environment, attribute), value)
+    return budget.made(budget.join(str(d), value))
+
+
+@pass_context
+def _tojson(context: Context, value: Any, *args: Any, **kwargs: Any) -> str:
+    budget.step()
+    budget.read(value)
+    return budget.made(budget.tojson(value, *args, **kwargs))
+
+
+def _check_method(owner: Any, name: str) -> None:
+    if isinstance(owner, LoopContext | _Dict):
+        return
+    for kind, names in METHODS.items():
+        if isinstance(owner, kind) and name in names:
+            return
+    raise SecurityError(f"{type(owner).__name__} has no method {name!r} here")
 
 
 def _raise_exception(message: str) -> None:
@@ -148,51 +266,9 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MAX_MESSAGE:
+        raise SecurityError(f"a date format of more than {MAX_MESSAGE} characters")
     return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@pass_context  # keeps jinja2 from running it once, at compile time
-def _counted_items(_context: Context, items: Iterable) -> Iterator:
-    for item in items:
-        _step()
-        yield item
-
-
-@pass_context
-def _counted_text(_context: Context, text: str) -> str:
-    _step()
-    _check_length(len(text))
-    return text
-
-
-def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
-
-
-def _step() -> None:
-    left = _steps_left.get() - 1
-    if left < 0:
-        raise SecurityError(f"more than {MAX_STEPS:,} loop turns and calls")
-    _steps_left.set(left)
-
-
-def _check_length(length: int) -> None:
-    if length > MAX_LENGTH:
-        raise SecurityError(f"a text or list longer than {MAX_LENGTH:,}")
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else 0
-
-
-def _is_small(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= 64
 
 
 def _refuse_underscore(name: Any) -> None:
@@ -201,4 +277,7 @@ def _refuse_underscore(name: Any) -> None:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What the template or jinja2 says, without line ends or control characters, cut short."""
+    text = " ".join(str(error)[: 4 * MAX_MESSAGE].split()) or type(error).__name__
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + " …"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .chat import Message
+from .chat import Message, question
 
 ROLES = ("system", "user", "assistant")
 
@@ -55,10 +55,9 @@ def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Mess
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
-    question = _text(row, "instruction", where)
-    if row.get("input") is not None and (given := _text(row, "input", where)):
-        question = f"{question}\n\n{given}"
-    return _one_turn(question, _text(row, "output", where))
+    given = _text(row, "input", where) if row.get("input") is not None else None
+    asked = question(_text(row, "instruction", where), given)
+    return [asked, {"role": "assistant", "content": _text(row, "output", where)}]
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str) -> list[Message]:

@@ -9,6 +9,8 @@ rendered a second time with a mark before and after each content:
 Taking the marks out must give back exactly the plain text; then their places are the contents' places. The marks stand
 inside a content's outer white space, so that a template that trims gives the same text with and without them.
 
+A message's other texts (an instruction and an input beside its content) are marked like a content.
+
 An answer starts where generation would start: after the text of the messages before it with the generation prompt, if
 the conversation begins with that text (a template may write "<think>" on one side of it: the model learns what it will
 be asked for), otherwise where its content starts. It stops where its content stops. A template that knows no generation
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from .chat import Message
 
 Span = tuple[int, int]
+Text = tuple[int, str]  # a message's number from 0, and which of its texts
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) → text
 
 FIRST_OPEN, FIRST_CLOSE = 0xF0000, 0x100000
@@ -40,7 +43,7 @@ class Rendering:
 
     text: str
     contents: list[Span]
-    answers: list[Span]
+    answers: dict[int, Span]  # by the number of the message, from 0; one that the template drops has no place
     unplaced: list[int]  # the messages whose content could not be placed: they may hold no special token's text
 
 
@@ -52,17 +55,19 @@ def locate(
     Raises ValueError when the template refuses the messages or rewrites them so that an answer cannot be placed.
     """
     text = generation_text(render, messages) if add_generation_prompt else render(messages)
-    places = _marked_places(render, messages, text, add_generation_prompt)
+    texts = [(i, field) for i, message in enumerate(messages) for field in message if field != "role"]
+    places = _marked_places(render, messages, texts, text, add_generation_prompt)
     if places is None:
-        answers = [_added_by(render, messages, i, text, end_token) for i in _answers(messages)]
+        answers = {i: _added_by(render, messages, i, text, end_token) for i in _answers(messages)}
         return Rendering(text, [], answers, unplaced=list(range(len(messages))))
     contents, unplaced = [], []
-    for i, (opens, closes) in places.items():
+    for (i, _), (opens, closes) in places.items():
         if len(opens) == len(closes) and all(start < stop for start, stop in zip(opens, closes, strict=True)):
             contents += list(zip(opens, closes, strict=True))
         else:
             unplaced.append(i)
-    answers = [_answer(render, messages, i, text, *places[i]) for i in _answers(messages) if i in places]
+    shown = [i for i in _answers(messages) if (i, "content") in places]
+    answers = {i: _answer(render, messages, i, text, *places[i, "content"]) for i in shown}
     return Rendering(text, sorted(contents), answers, unplaced)
 
 
@@ -81,23 +86,25 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def _marked_places(
-    render: Render, messages: Sequence[Message], text: str, add_generation_prompt: bool
-) -> dict[int, tuple[list[int], list[int]]] | None:
-    """For each message that shows in the text: where it opens and where it closes. None when marks cannot be used."""
-    if MARK.search(text) or len(messages) > MAX_MARKS:
+    render: Render, messages: Sequence[Message], texts: list[Text], text: str, add_generation_prompt: bool
+) -> dict[Text, tuple[list[int], list[int]]] | None:
+    """For each of `texts` that shows: where it opens and where it closes. None when marks cannot be used."""
+    if MARK.search(text) or len(texts) > MAX_MARKS:
         return None
-    marked_messages = [{**message, "content": _mark(message["content"], i)} for i, message in enumerate(messages)]
+    marked_messages = [dict(message) for message in messages]
+    for number, (i, field) in enumerate(texts):
+        marked_messages[i][field] = _mark(messages[i][field], number)
     marked = generation_text(render, marked_messages) if add_generation_prompt else render(marked_messages)
     if MARK.sub("", marked) != text:
         return None
-    places: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    places: dict[Text, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for removed, match in enumerate(MARK.finditer(marked)):
         mark = ord(match[0])
         position = match.start() - removed
         if mark >= FIRST_CLOSE:
-            places[mark - FIRST_CLOSE][1].append(position)
+            places[texts[mark - FIRST_CLOSE]][1].append(position)
         else:
-            places[mark - FIRST_OPEN][0].append(position)
+            places[texts[mark - FIRST_OPEN]][0].append(position)
     return places
 
 

@@ -8,7 +8,7 @@ The adapter's name is not in the files: it is chosen when loading. In a tree, th
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,29 @@ from .sites import Sites, check_apart
 __all__ = ["CONFIG", "UNSUPPORTED", "WEIGHTS", "load_adapter", "load_adapters", "save_adapter", "save_adapters"]
 
 TOP = "default"
-FILES = {CONFIG, WEIGHTS, "README.md"}
+FILES = {
+    CONFIG,
+    WEIGHTS,
+    "README.md",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+"""what an adapter's folder holds, here and where PEFT and TRL write it"""
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, name: str = "default", base_model_name: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    base_model_name: str | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write adapter `name` so that PEFT loads it. The folder is written aside, then takes the place of an older one.
 
+    `beside` writes more files into the folder: a tokenizer's `save`, so that the chat template goes with the adapter.
     Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
     lost. OSError where the folder cannot be written.
     """
@@ -47,6 +62,8 @@ def save_adapter(
     _check_replaceable(Path(folder), [])
     with written_aside(folder) as aside:
         _write(model, aside, name, base_model_name)
+        if beside is not None:
+            beside(aside)
 
 
 def save_adapters(

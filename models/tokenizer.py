@@ -10,17 +10,22 @@ of unassigned planes, which vanish, here as in transformers.
 
 `encode` never adds BOS or EOS: a chat template writes them itself, and adding them twice is a classic mistake;
 `adds_bos` tells whoever encodes plain text whether the model expects BOS.
+
+A fine-tuned model is spoken to in the chat template that it was trained with, and stops on the tokens that it learnt to
+end with. Both are saved with it, in the files above, also beside an adapter, where PEFT and transformers look for them.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from data.chat import render, template_of
+from data.chat import end_of_answer, render, template_of
+from data.formats import chat_template
 
 from .config import read_json
 from .gguf_format import read_header
@@ -58,20 +63,60 @@ class Tokenizer:
     """Not safe to share between threads: parse_special is a state of the library's object."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._files = files
         self._backend = _backend(files, post_processor=False)
-        self.chat_template = files.chat_template
         self.special_tokens: dict[str, int] = {
             token.content: id for id, token in self._backend.get_added_tokens_decoder().items() if token.special
         }
+        self.vocab_size = self._backend.get_vocab_size()
+        self._take(files)
+        self.adds_bos = self.bos_id is not None and self._expects_bos()
+
+    def _take(self, files: TokenizerFiles) -> None:
+        """All that follows from the files without the vocabulary. Raises ValueError for a token that it lacks."""
+        self._files = files
+        self.chat_template = files.chat_template
         self.bos_token, self.eos_token = (files.config.get(key) for key in ("bos_token", "eos_token"))
         self.bos_id = self._id("bos_token")
-        eos_id = self._id("eos_token")
-        self.eos_ids = tuple(dict.fromkeys(id for id in (eos_id, *files.eos_ids) if id is not None))
+        written = end_of_answer(self) if self.chat_template else None
+        ends = (self._id("eos_token"), *files.eos_ids, self.special_tokens.get(written or ""))
+        self.eos_ids = tuple(dict.fromkeys(id for id in ends if id is not None))
         pad_id = self._id("pad_token")
         self.pad_id = pad_id if pad_id is not None else (self.eos_ids or (0,))[0]
-        self.vocab_size = self._backend.get_vocab_size()
-        self.adds_bos = self.bos_id is not None and self._expects_bos()
+
+    def with_chat_template(self, choice: str | None) -> "Tokenizer":
+        """The same vocabulary with the template that `choice` means (data/formats.py); None changes nothing.
+
+        Raises ValueError for a name that is neither a format nor a file, and for a file that is no template.
+        """
+        if choice is None:
+            return self
+        return self._with(replace(self._files, chat_template=chat_template(choice, self)))
+
+    def with_chat_of(self, folder: str | Path) -> "Tokenizer":
+        """The same vocabulary with the template, BOS, EOS and stop ids saved in `folder`, an adapter's for example.
+
+        What `folder` does not say stays. Raises ValueError for a damaged file, and for a token or an id that this
+        vocabulary lacks.
+        """
+        chat = _chat_files(Path(folder))
+        said = {key: token for key, token in chat.tokens.items() if token is not None}
+        for id in chat.eos_ids:
+            if self._backend.id_to_token(id) is None:
+                raise ValueError(f"{folder}: eos_token_id in generation_config.json is {id}, no id of this vocabulary")
+        return self._with(
+            replace(
+                self._files,
+                where=str(folder),
+                config=self._files.config | said,
+                chat_template=chat.chat_template or self.chat_template,
+                eos_ids=chat.eos_ids or self._files.eos_ids,
+            )
+        )
+
+    def _with(self, files: TokenizerFiles) -> "Tokenizer":
+        other = copy(self)
+        other._take(files)
+        return other
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Ids of the text alone. parse_special False: what looks like a special token is encoded as the text it is."""
@@ -157,20 +202,42 @@ def _backend(files: TokenizerFiles, *, post_processor: bool) -> tokenizers.Token
 def _folder_files(folder: Path) -> TokenizerFiles:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder}: has no tokenizer.json, the only tokenizer format that is read from a folder")
-    config = _json_if_there(folder / "tokenizer_config.json")
-    listed = _json_if_there(folder / "special_tokens_map.json")
-    for key in ("bos_token", "eos_token", "pad_token"):
-        config[key] = _token_text(config.get(key, listed.get(key)), key, folder)
-    template = config.pop("chat_template", None)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_bytes().decode("utf-8")
+    chat = _chat_files(folder)
     return TokenizerFiles(
         where=str(folder),
         tokenizer=read_json(folder / "tokenizer.json"),
-        config=config,
-        chat_template=_default_template(template, folder),
-        eos_ids=_eos_ids(folder / "generation_config.json"),
+        config=_without_template(_json_if_there(folder / "tokenizer_config.json")) | chat.tokens,
+        chat_template=chat.chat_template,
+        eos_ids=chat.eos_ids,
     )
+
+
+@dataclass(frozen=True)
+class _ChatFiles:
+    """What a folder says beside the vocabulary."""
+
+    tokens: dict[str, str | None]
+    """bos_token, eos_token and pad_token"""
+    chat_template: str | None
+    eos_ids: tuple[int, ...]
+
+
+def _chat_files(folder: Path) -> _ChatFiles:
+    config = _json_if_there(folder / "tokenizer_config.json")
+    listed = _json_if_there(folder / "special_tokens_map.json")
+    names = ("bos_token", "eos_token", "pad_token")
+    tokens = {key: _token_text(config.get(key, listed.get(key)), key, folder) for key in names}
+    template, jinja = config.get("chat_template"), folder / "chat_template.jinja"
+    if jinja.is_file():
+        try:
+            template = jinja.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{jinja}: a chat template must be text in UTF-8") from None
+    return _ChatFiles(tokens, _default_template(template, folder), _eos_ids(folder / "generation_config.json"))
+
+
+def _without_template(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "chat_template"}
 
 
 def _json_if_there(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qlora
+from data import detect, to_messages
 from lora import LoRAConfig, add_adapter, save_adapter
 from models import load_model
 from tests.small_base import ROWS, write_base, write_rows
@@ -119,6 +120,67 @@ def test_train_then_generate_probe_and_inspect(capsys, monkeypatch, made, tmp_pa
     assert "nf4, blocks of 64, double-quantized" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
         qlora.main(["sft", "--help"])
+
+
+def test_an_adapter_is_spoken_to_as_it_was_trained(capsys, monkeypatch, made, tmp_path):
+    """The template and the stop ids lie in its folder; a flag wins; which one is used is said."""
+    monkeypatch.setenv("COLUMNS", "300")
+    flags = {"samples": 0, "r": 2, "method": "lora", "chat-template": "alpaca", "learn": "last"}
+    assert qlora.main([str(word) for word in sft(made, tmp_path, **flags)]) == 0
+    assert "chat template: alpaca; an answer ends with <|im_end|>; learnt: last" in capsys.readouterr().err
+    adapter = tmp_path / "run" / "adapter"
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {p.name for p in adapter.iterdir()}
+    model = ["--model", str(made / "base"), "--max-new-tokens", "2"]
+    ask = ["generate", "hi", *model]
+
+    def said(*argv: str) -> str:
+        assert qlora.main([*argv]) == 0
+        return capsys.readouterr().err
+
+    saved = f"chat template: alpaca; an answer ends with <|im_end|>; saved with {adapter}\n"
+    assert said(*ask, "--adapter", str(adapter)) == saved
+    assert said("probe", "--data", str(made / "rows.jsonl"), "--rows", "1", *model, "--adapter", str(adapter)) == saved
+    monkeypatch.setattr("builtins.input", lambda prompt: "/exit")
+    assert said("chat", *model, "--adapter", str(adapter)) == saved
+    flag = said(*ask, "--adapter", str(adapter), "--chat-template", "vicuna")
+    assert flag == "chat template: vicuna; an answer ends with <|im_end|>; from --chat-template\n"
+    flag = said(*ask, "--adapter", str(adapter), "--chat-template", "model")
+    assert flag == "chat template: one of its own; an answer ends with <|im_end|>; from --chat-template\n"
+    assert said(*ask) == ""
+    assert said(*ask, "--adapter", str(made / "adapter")) == ""
+
+    rows = ["inspect", "data", "--data", str(made / "rows.jsonl"), "--model", str(made / "base"), "--rows", "1"]
+    assert qlora.main([*rows, "--chat-template", "alpaca", "--learn", "everything"]) == 0
+    shown = capsys.readouterr().out
+    assert "chat template: alpaca; an answer ends with <|im_end|>" in shown
+    assert "### Input:⏎\n0⏎\n⏎\n### Response:⏎\n" + ROWS[0]["output"] in shown
+
+
+def test_generate_takes_an_input_apart(capsys, monkeypatch, made):
+    """With the same words, the Alpaca prompt of a row and of the flags are one."""
+    asked = []
+    monkeypatch.setattr("commands.generate.encode_prompt", lambda tokenizer, messages: asked.append(messages) or [1])
+    ask = ["generate", "Say the number.", "--input", "7", "--model", str(made / "base"), "--max-new-tokens", "1"]
+    assert qlora.main(ask) == 0
+    row = {"instruction": "Say the number.", "input": "7", "output": "It is 7"}
+    assert asked == [to_messages(row, detect([row], "rows"), "row 1")[:-1]]
+
+
+def test_bad_chat_templates_are_one_line(capsys, made, tmp_path):
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("a\n{% for %}")
+    assert "the names are chatml, llama-3" in fails(capsys, *sft(made, tmp_path, **{"chat-template": "chat-ml"}))
+    assert "bad.jinja: chat template, line 2" in fails(capsys, *sft(made, tmp_path, **{"chat-template": bad}))
+    bad.write_text("{{ raise_exception('no\n such roles') }}")
+    refused = fails(capsys, *sft(made, tmp_path, **{"chat-template": bad}))
+    assert "rows.jsonl: row 1: chat template refuses this conversation: no such roles" in refused
+    assert not (tmp_path / "run").exists()
+    ask = ["generate", "hi", "--model", made / "base"]
+    assert qlora.main([*map(str, ask), "--chat-template", str(bad)]) == 2
+    used, refused = capsys.readouterr().err.splitlines()
+    assert used.endswith("from --chat-template")
+    assert refused == "qlora generate: chat template refuses this conversation: no such roles"
+    assert "--learn" in fails(capsys, *sft(made, tmp_path, learn="some"))
 
 
 def test_a_saved_config_starts_the_same_run(made, tmp_path):

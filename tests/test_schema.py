@@ -21,7 +21,10 @@ def messages_of(row: dict) -> list[dict]:
         (
             {"instruction": "Add", "input": " 1, 2\n", "output": "3"},
             "alpaca",
-            [{"role": "user", "content": "Add\n\n 1, 2\n"}, {"role": "assistant", "content": "3"}],
+            [
+                {"role": "user", "content": "Add\n\n 1, 2\n", "instruction": "Add", "input": " 1, 2\n"},
+                {"role": "assistant", "content": "3"},
+            ],
         ),
         ({"prompt": "Hello", "completion": "Hi"}, "prompt_completion", [USER, ANSWER]),
         ({"messages": [USER, ANSWER]}, "messages", [USER, ANSWER]),

@@ -28,7 +28,7 @@ def write_results(
         save_model(model, out / "model", tokenizer=tokenizer)
         progress.say(f"saved {out / 'model'}")
     else:
-        save_adapter(model, out / "adapter", base_model_name=config.model)
+        save_adapter(model, out / "adapter", base_model_name=config.model, beside=tokenizer.save)
         progress.say(f"saved {out / 'adapter'}")
     if not plot_loss(read_metrics(metrics), out / "plots" / "loss.png"):
         progress.say("no loss curve was drawn: matplotlib is not installed (the extra `plot` has it)")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data.batch import Batch, collate, step_rows
 from data.encode import Encoded, EncodedDataset, encode_dataset
+from data.formats import describe
 from data.schema import Schema, detect
 from data.sources import read_rows
 from lora import LinearNF4, add_adapter, count_parameters, trainable_parameters
@@ -79,10 +80,10 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     env = run_folder.environment(run_folder.rows_hash(rows))
     run_folder.check(out, asdict(config), env, resume=config.resume)
 
-    tokenizer = load_tokenizer(config.model)
-    train_set = encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=config.data)
+    tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
+    train_set = _encode(config, tokenizer, rows, schema, config.data)
     eval_rows, eval_schema = read_dataset(config.eval_data) if config.eval_data else ([], None)
-    eval_set = _encode_eval(config, tokenizer, eval_rows, eval_schema)
+    eval_set = _encode(config, tokenizer, eval_rows, eval_schema, config.eval_data or "") if eval_schema else None
     model = prepare_model(config)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.peak_rate)
@@ -100,6 +101,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     trainable, total = count_parameters(model)
     progress.say(f"{config.model}, {config.method}: {trainable:,} of {total:,} parameters train, seed {config.seed}")
     progress.say(f"data: {schema.explanation}; {train_set.report}")
+    progress.say(f"{describe(tokenizer)}; learnt: {config.learn}")
 
     loss, eval_loss = math.nan, None
     model.train()
@@ -199,10 +201,8 @@ def evaluate_loss(model: Decoder, examples: list[Encoded], batch_size: int, pad_
     return evaluate(model, [collate(part, pad_id=pad_id) for part in split(examples, batch_size)], nll_of)
 
 
-def _encode_eval(
-    config: SFTConfig, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema | None
-) -> EncodedDataset | None:
-    if schema is None:
-        return None
-    path = config.eval_data or ""
-    return encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path=path)
+def _encode(
+    config: SFTConfig, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema, path: str
+) -> EncodedDataset:
+    length = config.max_seq_length
+    return encode_dataset(tokenizer, rows, schema, max_seq_length=length, path=path, learn=config.learn)

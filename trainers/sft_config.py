@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.encode import LEARN, Learn
 from lora import LoRAConfig
 from optim import SCHEDULES
 
@@ -24,6 +25,10 @@ class SFTConfig:
     """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
     eval_data: str | None = None
     """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
+    chat_template: str | None = None
+    """Chat format: chatml, llama-3, vicuna, chatgpt, alpaca, plain or a Jinja file; by default the model's own."""
+    learn: Learn = "answers"
+    """What the loss counts: every answer with its end token, the last answer alone, or everything."""
 
     r: int = 16
     """LoRA rank."""
@@ -101,6 +106,7 @@ class SFTConfig:
         _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
         _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        _require(self.learn in LEARN, f"--learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
     @property
