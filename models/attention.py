@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import DecoderConfig
+from .elementwise import rotate
 from .rope_config import yarn_scale
 
 SMALLEST_CHUNK = 64
@@ -95,8 +96,7 @@ def rope_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, H, Dh), turned; computed in fp32, returned in x.dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return rotate(x, cos, sin)
 
 
 def allowed_pairs(

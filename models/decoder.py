@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -45,7 +44,9 @@ from .attention import (
     rope_tables,
 )
 from .config import DecoderConfig
+from .elementwise import rms_norm, swiglu
 from .kv_cache import KVCache
+from .recompute import recomputed
 
 
 class Shared(NamedTuple):
@@ -60,6 +61,8 @@ class Shared(NamedTuple):
     cache: KVCache | None = None
     masks: dict[int | None, Tensor | None] | None = None
     """by window, over the cache; None when the new tokens attend to one another alone: no cache, or an empty one"""
+    lean: bool = False
+    """keep no activation for backward that is cheap to compute again (recompute.py)"""
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -77,9 +80,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → (…, D) in x.dtype."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -124,9 +125,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        return project(self.down_proj, F.silu(project(self.gate_proj, x)) * project(self.up_proj, x))
+        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
+        product = swiglu(gate, up)
+        with recomputed(product, lambda: swiglu(gate, up), when=shared.lean):
+            return project(self.down_proj, product)
 
 
 class DecoderLayer(nn.Module):
@@ -139,8 +143,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), shared)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        h = self.input_layernorm(x)
+        with recomputed(h, lambda: self.input_layernorm(x), when=shared.lean):
+            y = x + self.self_attn(h, shared)
+        h = self.post_attention_layernorm(y)
+        with recomputed(h, lambda: self.post_attention_layernorm(y), when=shared.lean):
+            return y + self.mlp(h, shared)
 
 
 class Body(nn.Module):
@@ -245,7 +253,8 @@ class Decoder(nn.Module):
         if cache is None:
             if position_ids is None:
                 position_ids = document_positions(input_ids, segment_ids if runs else None)
-            return Shared(*self._rope(position_ids), runs, bands)
+            lean = torch.is_grad_enabled() and not self.gradient_checkpointing
+            return Shared(*self._rope(position_ids), runs, bands, lean=lean)
         continues = position_ids is None and runs is None and (segment_ids is None or cache.used == 0)
         next_positions, next_segments = cache.next_tokens(input_ids.shape[1])
         if position_ids is None:
