@@ -1,17 +1,22 @@
 """data: from a user's file to token ids and a mask of what is learnt.
 
 file ──sources──▶ rows ──schema──▶ messages ──chat──▶ text ──spans──▶ places ──encode──▶ ids + mask ──batch──▶ tensors
+flags and dataset say which rows, and do the splitting and merging between rows and messages.
 """
 
 from .batch import Batch, collate, epoch_order, step_rows
 from .chat import Message, Tokenizer, render, template_of
+from .dataset import Dataset, read_datasets
 from .encode import LEGEND, Encoded, EncodedDataset, EncodeReport, encode_dataset, encode_messages, encode_prompt, show
+from .flags import DataFlags
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
 
 __all__ = [
     "LEGEND",
     "Batch",
+    "DataFlags",
+    "Dataset",
     "EncodeReport",
     "Encoded",
     "EncodedDataset",
@@ -24,6 +29,7 @@ __all__ = [
     "encode_messages",
     "encode_prompt",
     "epoch_order",
+    "read_datasets",
     "read_rows",
     "render",
     "show",

@@ -95,7 +95,11 @@ def test_a_long_csv_value_is_read_and_the_limit_put_back(tmp_path: Path) -> None
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv: line 1: column 'a' stands twice in the header$"),
         ("a.csv", b'a,b\n"1" 2,3\n', r"a\.csv: line 2: not csv: "),
         ("a.csv", b'a\n"never closed\n\n', r"a\.csv: line 3: not csv: unexpected end of data$"),
-        ("a.parquet", b"PAR1", r"a\.parquet: unknown ending '\.parquet'; data files end in \.jsonl, \.json, \.csv$"),
+        (
+            "a.xlsx",
+            b"PK",
+            r"a\.xlsx: unknown ending '\.xlsx'; data files end in \.jsonl, \.json, \.csv, \.parquet, \.txt$",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -110,7 +114,7 @@ def test_missing_files_folders_and_splits(tmp_path: Path) -> None:
         "none.jsonl": "no such file$",
         "none:train": "no such folder to take split 'train'$",
         "": r"is a folder; name a split, as in .*:train \(files: a.csv, a.jsonl\)$",
-        ":b": r"split 'b' must be one file; the folder has none of b.jsonl, b.json, b.csv$",
+        ":b": r"split 'b' must be one file; the folder has none of b.jsonl, b.json, b.csv, b.parquet, b.txt$",
         ":a": r"split 'a' must be one file; the folder has a.jsonl and a.csv$",
         "a.csv:train": "is not a folder, so that it has no split 'train'$",
     }.items():

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.flags import DataFlags
 from lora import LoRAConfig
 from optim import SCHEDULES
 
@@ -11,19 +12,15 @@ from .recipes import METHODS, default_learning_rate
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(DataFlags):
     """Supervised fine-tuning: full, LoRA or QLoRA."""
 
-    data: str
-    """Training rows: FILE.jsonl, .json or .csv, or FOLDER:SPLIT; Alpaca, prompt/completion or messages."""
     out: str
     """The run's folder, for example runs/first. It must not hold a run, unless --resume."""
     model: str = "smollm2-135m"
     """Base model: built-in name, Hugging Face folder, .gguf file, or hub id."""
     method: Literal["full", "lora", "qlora"] = "qlora"
     """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
-    eval_data: str | None = None
-    """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
 
     r: int = 16
     """LoRA rank."""
