@@ -26,6 +26,8 @@ class InspectDataArgs(DataFlags):
 
 
 def run(args: InspectDataArgs) -> None:
+    if args.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {args.rows}")
     training, held_out = read_datasets(args)
     if args.part == "eval" and held_out is None:
         raise ValueError("--part eval: no rows are held out; give --eval-data, --eval-fraction or --eval-where")

@@ -35,6 +35,8 @@ class ProbeArgs(ModelArgs, DataFlags):
 
 
 def run(args: ProbeArgs) -> None:
+    if args.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {args.rows}")
     training, held_out = read_datasets(args)
     data = held_out or training
     data = replace(data, rows=data.rows[: args.rows])

@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from .chat import Message
 from .split import shuffled
 
+MAX_TURNS = 100
+
 
 def merge_turns(
     conversations: Sequence[Sequence[Message]], turns: int, seed: int, *, reuse: bool, path: str
 ) -> list[list[Message]]:
     """Conversations of one turn (system?, user, assistant) → conversations of `turns` turns.
 
-    A system message is kept once, in front. Raises ValueError for turns below 1, for fewer rows than turns, for a row
-    of several turns, and for rows whose system messages differ.
+    A system message is kept once, in front. Raises ValueError for turns outside 1 … MAX_TURNS, for fewer rows than
+    turns, for a row of several turns, and for rows whose system messages differ.
     """
-    if turns < 1:
-        raise ValueError(f"--turns must be at least 1, got {turns}")
+    if not 1 <= turns <= MAX_TURNS:
+        raise ValueError(f"--turns must lie between 1 and {MAX_TURNS}, got {turns}")
     if len(conversations) < turns:
         raise ValueError(f"{path}: {turns} turns need at least {turns} different rows, there are {len(conversations)}")
     _check_single(conversations, path)

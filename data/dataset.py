@@ -9,11 +9,11 @@ Where rows are split or merged, they become messages first, while their number i
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .conversations import merge_turns
+from .conversations import MAX_TURNS, merge_turns
 from .flags import DataFlags, schema_of
 from .schema import Schema, to_messages, to_text
 from .sources import Row, read_rows
-from .split import by_fraction, by_value, shared
+from .split import by_fraction, by_value, commonest, shared, values_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ def read_datasets(flags: DataFlags) -> tuple[Dataset, Dataset | None]:
         return _merged(whole, flags), None
     checked = _in_messages(whole)
     note = f"{len(training):,} of {len(rows):,} rows train, {len(held_out or []):,} are held out ({_how(flags)})"
+    if flags.eval_where and not flags.train_where:
+        column = flags.eval_where.partition("=")[0]
+        values = values_of(rows, column, flags.data)
+        note += f"; {column} of those that train: {commonest([values[i] for i in training])}"
     parts = [_part(checked, training, "training rows", note)]
     if held_out:
         parts.append(_part(checked, held_out, "held-out rows", note))
@@ -50,8 +54,8 @@ def _check(flags: DataFlags) -> None:
     given = [flag for flag, value in ways.items() if value]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} both say what is held out: give one of them")
-    if flags.turns < 1:
-        raise ValueError(f"--turns must be at least 1, got {flags.turns}")
+    if not 1 <= flags.turns <= MAX_TURNS:
+        raise ValueError(f"--turns must lie between 1 and {MAX_TURNS}, got {flags.turns}")
     if flags.eval_fraction and not 0 < flags.eval_fraction < 1:
         raise ValueError(f"--eval-fraction must lie between 0 and 1, got {flags.eval_fraction}")
 

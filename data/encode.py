@@ -69,7 +69,7 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """The examples that can be learnt, the row (from 0) that each came from, and the counts. A document gives several."""
+    """The examples that can be learnt, the row (from 0) that each came from (a document gives several), the counts."""
 
     examples: list[Encoded]
     row_indices: list[int]

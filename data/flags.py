@@ -96,12 +96,7 @@ def _told(flags: DataFlags, rows: Sequence[Mapping[str, Any]], path: str) -> Sch
 def _question_and_answer(flags: DataFlags) -> tuple[Template, Template]:
     if flags.prompt_column is not None and flags.completion_column is not None:
         return column(flags.prompt_column), column(flags.completion_column)
-    if flags.completion_template is None:
-        return parse_question_and_answer(flags.template or "", "--template")
-    return (
-        parse_template(flags.template or "", "--template"),
-        parse_template(flags.completion_template, "--completion-template"),
-    )
+    return parse_question_and_answer(flags.template or "", flags.completion_template)
 
 
 WAYS = {

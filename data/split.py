@@ -36,7 +36,7 @@ def by_fraction(
     for _, group in sorted(equal_rows.items()):
         if len(held_out) + len(group) <= wanted:
             held_out += group
-    held_out = sorted(held_out or min(equal_rows.values(), key=lambda group: len(group)))
+    held_out = sorted(held_out) or sorted(equal_rows.values(), key=len)[0]
     chosen = set(held_out)
     return [i for i in range(len(rows)) if i not in chosen], held_out
 
@@ -49,15 +49,22 @@ def by_value(rows: Sequence[Mapping[str, Any]], rule: str, flag: str, path: str)
     column, equals, wanted = rule.partition("=")
     if not column or not equals:
         raise ValueError(f"{flag} must be COLUMN=VALUE, as in split=validation, got {rule!r}")
-    values = [
-        as_text(lookup(row, column, f"{path}: row {i + 1}"), column, f"{path}: row {i + 1}")
-        for i, row in enumerate(rows)
-    ]
+    values = values_of(rows, column, path)
     chosen = [i for i, value in enumerate(values) if value == wanted]
     if not chosen:
-        found = names(value for value, _ in Counter(values).most_common())
-        raise ValueError(f"{path}: {flag} {rule}: no row has that value; {column} is {found}")
+        raise ValueError(f"{path}: {flag} {rule}: no row has that value; {column} is {commonest(values)}")
     return chosen
+
+
+def values_of(rows: Sequence[Mapping[str, Any]], column: str, path: str) -> list[str]:
+    """Each row's value in a column, as text. Raises ValueError for a row without it."""
+    places = [f"{path}: row {i}" for i in range(1, len(rows) + 1)]
+    return [as_text(lookup(row, column, place), column, place) for row, place in zip(rows, places, strict=True)]
+
+
+def commonest(values: Sequence[str]) -> str:
+    """The values and how often each is there, the commonest first."""
+    return names(f"{value} ({count:,})" for value, count in Counter(values).most_common())
 
 
 def shared(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> int:

@@ -83,18 +83,23 @@ def parse_template(source: str, name: str = "template") -> Template:
     return Template(tuple(parts))
 
 
-def parse_question_and_answer(source: str, name: str = "template") -> tuple[Template, Template]:
-    """ "{question} => {answer}" → the templates of both sides. Raises ValueError when there is not exactly one =>."""
-    if source.count(ARROW) != 1:
-        raise ValueError(
-            f"{name}: one '{ARROW}' must stand between the question and the answer, as in "
-            f"'{{question}} {ARROW} {{answer}}'; found {source.count(ARROW)}"
-        )
-    question, answer = (parse_template(side.strip(), name) for side in source.split(ARROW))
-    if not question.parts or not answer.parts:
-        raise ValueError(f"{name}: nothing stands {'before' if not question.parts else 'after'} '{ARROW}'")
+def parse_question_and_answer(template: str, completion: str | None = None) -> tuple[Template, Template]:
+    """One text with => in it, or the two sides apart → the templates of question and answer.
+
+    Raises ValueError, naming the flag, when there is not exactly one =>, and for an answer that names no column.
+    """
+    name = "--completion-template"
+    if completion is None:
+        name = f"--template: what stands after '{ARROW}'"
+        if template.count(ARROW) != 1:
+            raise ValueError(
+                f"--template: one '{ARROW}' must stand between the question and the answer, as in "
+                f"'{{question}} {ARROW} {{answer}}'; found {template.count(ARROW)}"
+            )
+        template, completion = (side.strip() for side in template.split(ARROW))
+    question, answer = parse_template(template, "--template"), parse_template(completion, name)
     if not answer.columns:
-        raise ValueError(f"{name}: the answer (after '{ARROW}') names no column, so that every row would have the same")
+        raise ValueError(f"{name} names no column, so that every row would have the same answer")
     return question, answer
 
 
