@@ -1,5 +1,7 @@
 """data/documents.py: plain text is cut into pieces; every token but the first is predicted once, and none is lost."""
 
+from itertools import pairwise
+
 import pytest
 
 from data import documents, encode_dataset
@@ -13,7 +15,7 @@ TEXT_ROWS = Schema("text", "text")
 
 def joined(pieces: list[list[int]]) -> list[int]:
     """The document's ids: the first token of each later piece stood at the end of the piece before."""
-    assert all(later[0] == before[-1] for before, later in zip(pieces, pieces[1:], strict=False))
+    assert all(later[0] == before[-1] for before, later in pairwise(pieces))
     return pieces[0] + [token for piece in pieces[1:] for token in piece[1:]]
 
 
