@@ -24,8 +24,7 @@ class DataFlags:
     """Which rows, and how they are read."""
 
     data: str
-    """Training rows: FILE.jsonl, .json, .csv, .parquet or .txt, FOLDER:SPLIT, or a FOLDER of .txt; Alpaca, ShareGPT,
-    messages, prompt/completion or plain text are told apart by their columns."""
+    """Training rows: FILE.jsonl, .json, .csv, .parquet or .txt (or .gz of these), FOLDER:SPLIT, or a FOLDER of .txt."""
     eval_data: str | None = None
     """Held-out rows: a file, read as --data is."""
     eval_fraction: float = 0.0
@@ -35,10 +34,9 @@ class DataFlags:
     train_where: str | None = None
     """Train only on the rows of --data with this value in a column: split=train."""
     shape: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
-    """What the rows are; auto looks at the columns of the first row."""
+    """What a row is; auto tells it by the columns of the first row, and says what it found."""
     template: str | None = None
-    """Columns into one prompt and its answer: "{question} => {answer}". {a.b} reaches into objects, an optional part
-    [[\\n{input}]] vanishes when its first column is empty, literal braces are doubled, \\n is a newline."""
+    """Columns into a prompt => its answer: "{question} => {answer}"; with "{a}[[\\n{b}]] => …" an empty b leaves no line."""
     completion_template: str | None = None
     """The answer apart from --template, which then holds the question only and may have a => of its own."""
     system: str | None = None
@@ -54,8 +52,7 @@ class DataFlags:
     turns: int = 1
     """Merge single-turn rows, at random, into conversations of this many turns."""
     row_reuse: bool = True
-    """With --turns n: use each row n times an epoch, once in each turn, as Unsloth's conversation_extension does, for
-    as many conversations as rows. --no-row-reuse uses each row once an epoch, for n times fewer conversations."""
+    """With --turns n, each row is used n times an epoch, once in every turn (as Unsloth does it); without, once."""
     data_seed: int = 0
     """Seed of --eval-fraction and --turns."""
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 import qlora
 from tests.small_base import write_base
+from trainers.metrics import peak_memory_bytes
 
 LINE = b'{"prompt": "a", "completion": "b"}\n'
 TEMPLATE = ["--template", "{prompt} => {completion}"]
@@ -71,7 +71,7 @@ def test_bad_data_is_one_line(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, content: bytes, flags: list[str], said: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak_memory_bytes(), time.perf_counter()
     run = ["sft", "--data", str(tmp_path / name), "--out", str(tmp_path / "run"), "--model", str(base), *flags]
     assert qlora.main(run) == 2
     error = capsys.readouterr().err
@@ -82,5 +82,4 @@ def test_bad_data_is_one_line(
     assert not (tmp_path / "run").exists()
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert time.perf_counter() - start < 20
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown < 1.5e9
+    assert peak_memory_bytes() - before < 1.5e9

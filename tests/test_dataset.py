@@ -1,6 +1,7 @@
 """data/flags.py and data/dataset.py: flags tell the shape, hold rows out, merge turns; the sentence says all of it."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from commands.inspect_data import InspectDataArgs
 from commands.probe import ProbeArgs
 from data import DataFlags, Dataset, read_datasets, to_messages
-from data.schema import to_text
+from data.schema import SHAPES, to_text
+from data.sources import ENDINGS
+from data.template import fill, parse_question_and_answer
 from trainers.sft import SFTConfig
 
 # the shape of GSM8K's rows
@@ -206,3 +209,18 @@ def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
     for told in ({"eval_fraction": 0.5}, {"eval_where": "split=dev"}, {"turns": 2}):
         with pytest.raises(ValueError, match=r"rows.jsonl: row 13: the answer \(message 2\) is empty$"):
             read_datasets(DataFlags(data=path, **told, **TOLD))
+
+
+def test_the_templates_in_the_docs_make_what_they_say() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.partition("## Training data")[2].partition("\n## ")[0]
+    row = json.loads(re.search(r"```json\n(.*)\n```", section)[1])
+    lines = re.findall(r"^\| `(.* => .*)` \| `(.*)` \| `(.*)` \|$", section, re.MULTILINE)
+    assert len(lines) == 4
+    for template, question, answer in lines:
+        sides = parse_question_and_answer(template)
+        assert [fill(side, row, "row 1") for side in sides] == [question, answer]
+    for kind, shape in SHAPES.items():
+        (columns,) = re.findall(rf"^\| {kind} \| (.*?) \|", section, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", columns)) == shape.required | shape.optional
+    assert all(f"{ending}`" in section for ending in ENDINGS)
