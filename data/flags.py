@@ -36,7 +36,7 @@ class DataFlags:
     shape: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
     """What a row is; auto tells it by the columns of the first row, and says what it found."""
     template: str | None = None
-    """Columns into a prompt => its answer: "{question} => {answer}"; with "{a}[[\\n{b}]] => …" an empty b leaves no line."""
+    """Columns into prompt and answer: "{question} => {answer}"; with "{a}[[\\n{b}]] => …" an empty b leaves no line."""
     completion_template: str | None = None
     """The answer apart from --template, which then holds the question only and may have a => of its own."""
     system: str | None = None
