@@ -28,25 +28,27 @@ class Dataset:
 def read_datasets(flags: DataFlags) -> tuple[Dataset, Dataset | None]:
     """(training rows, held-out rows or None). Raises ValueError for a bad file, row or flag."""
     _check(flags)
-    rows = read_rows(flags.data)
-    schema = schema_of(flags, rows, flags.data)
-    whole = Dataset(rows, schema, flags.data)
+    whole = _read(flags.data, flags)
+    numbers, held_numbers = _sides(whole.rows, flags)
+    training, held_out = whole, None
+    if len(numbers) < len(whole.rows):
+        checked, note = _in_messages(whole), _split_note(whole.rows, numbers, held_numbers, flags)
+        training = _part(checked, numbers, "training rows", note)
+        held_out = _part(checked, held_numbers, "held-out rows", note) if held_numbers else None
     if flags.eval_data is not None:
-        return _with_file(whole, flags)
-    training, held_out = _sides(rows, flags)
-    if len(training) == len(rows) and held_out is None:
-        return _merged(whole, flags), None
-    checked = _in_messages(whole)
-    note = f"{len(training):,} of {len(rows):,} rows train, {len(held_out or []):,} are held out ({_how(flags)})"
-    if flags.eval_where and not flags.train_where:
-        column = flags.eval_where.partition("=")[0]
-        values = values_of(rows, column, flags.data)
-        note += f"; {column} of those that train: {commonest([values[i] for i in training])}"
-    parts = [_part(checked, training, "training rows", note)]
-    if held_out:
-        parts.append(_part(checked, held_out, "held-out rows", note))
-    merged = [_merged(part, flags) for part in parts]
-    return merged[0], merged[1] if held_out else None
+        held_out = _read(flags.eval_data, flags)
+        n, of = shared([whole.rows[i] for i in numbers], held_out.rows), len(held_out.rows)
+        training = (
+            _noted(training, f"{n:,} of the {of:,} held-out rows also train, so that they tell little")
+            if n
+            else training
+        )
+    return _merged(training, flags), _merged(held_out, flags) if held_out else None
+
+
+def _read(path: str, flags: DataFlags) -> Dataset:
+    rows = read_rows(path)
+    return Dataset(rows, schema_of(flags, rows, path), path)
 
 
 def _check(flags: DataFlags) -> None:
@@ -60,22 +62,8 @@ def _check(flags: DataFlags) -> None:
         raise ValueError(f"--eval-fraction must lie between 0 and 1, got {flags.eval_fraction}")
 
 
-def _with_file(training: Dataset, flags: DataFlags) -> tuple[Dataset, Dataset]:
-    """Held-out rows from a file of their own, whose shape is detected anew."""
-    path = flags.eval_data or ""
-    rows = read_rows(path)
-    held_out = Dataset(rows, schema_of(flags, rows, path), path)
-    if flags.train_where:
-        chosen = by_value(training.rows, flags.train_where, "--train-where", flags.data)
-        note = f"{len(chosen):,} of {len(training.rows):,} rows train ({flags.train_where})"
-        training = _part(_in_messages(training), chosen, "training rows", note)
-    elif n := shared(training.rows, rows):
-        training = _noted(training, f"{n:,} of the {len(rows):,} held-out rows also train, so that they tell little")
-    return _merged(training, flags), _merged(held_out, flags)
-
-
-def _sides(rows: Sequence[Row], flags: DataFlags) -> tuple[list[int], list[int] | None]:
-    """(numbers of the training rows, numbers of the held-out rows or None), disjoint."""
+def _sides(rows: Sequence[Row], flags: DataFlags) -> tuple[list[int], list[int]]:
+    """(numbers of the training rows, numbers of the held-out rows), disjoint."""
     every = list(range(len(rows)))
     candidates = by_value(rows, flags.train_where, "--train-where", flags.data) if flags.train_where else every
     if flags.eval_where:
@@ -89,12 +77,19 @@ def _sides(rows: Sequence[Row], flags: DataFlags) -> tuple[list[int], list[int] 
         some = [rows[i] for i in candidates]
         training, held_out = by_fraction(some, flags.eval_fraction, flags.data_seed, flags.data)
         return [candidates[i] for i in training], [candidates[i] for i in held_out]
-    return candidates, None
+    return candidates, []
 
 
-def _how(flags: DataFlags) -> str:
+def _split_note(rows: Sequence[Row], training: list[int], held_out: list[int], flags: DataFlags) -> str:
+    """How many rows are on which side, and why; where only --eval-where says so, also what else trains."""
     seeded = f"{flags.eval_fraction:g} at random, seed {flags.data_seed}" if flags.eval_fraction else ""
-    return ", ".join(filter(None, [flags.train_where, flags.eval_where, seeded]))
+    how = ", ".join(filter(None, [flags.train_where, flags.eval_where, seeded]))
+    note = f"{len(training):,} of {len(rows):,} rows train, {len(held_out):,} are held out ({how})"
+    if flags.eval_where and not flags.train_where:
+        column = flags.eval_where.partition("=")[0]
+        values = values_of(rows, column, flags.data)
+        note += f"; {column} of those that train: {commonest([values[i] for i in training])}"
+    return note
 
 
 def _in_messages(dataset: Dataset) -> Dataset:
