@@ -1,10 +1,12 @@
 """data: from a user's file to token ids and a mask of what is learnt.
 
 file ──sources──▶ rows ──schema──▶ messages ──chat──▶ text ──spans──▶ places ──encode──▶ ids + mask ──batch──▶ tensors
+flags and dataset say which rows, and do the splitting and merging between rows and messages.
 """
 
 from .batch import Batch, collate, epoch_order, step_rows
 from .chat import Message, Tokenizer, render, template_of
+from .dataset import Dataset, read_datasets
 from .encode import (
     LEARN,
     LEGEND,
@@ -17,6 +19,7 @@ from .encode import (
     encode_prompt,
     show,
 )
+from .flags import DataFlags
 from .formats import FORMATS, chat_template, format_name
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
@@ -26,6 +29,8 @@ __all__ = [
     "LEARN",
     "LEGEND",
     "Batch",
+    "DataFlags",
+    "Dataset",
     "EncodeReport",
     "Encoded",
     "EncodedDataset",
@@ -41,6 +46,7 @@ __all__ = [
     "encode_prompt",
     "epoch_order",
     "format_name",
+    "read_datasets",
     "read_rows",
     "render",
     "show",

@@ -28,7 +28,8 @@ from typing import Literal
 from rich.text import Text
 
 from .chat import Message, Tokenizer, any_of, end_of_answer, render, template_of
-from .schema import Schema, to_messages
+from .documents import document_pieces
+from .schema import Schema, to_messages, to_text
 from .spans import Rendering, Span, locate
 
 Learn = Literal["answers", "last", "everything"]
@@ -65,15 +66,16 @@ class EncodeReport:
     tokens: int
     learnt_tokens: int
     longest: int
+    examples: int
 
     def __str__(self) -> str:
-        kept = f"{self.rows - self.dropped:,} examples, {self.tokens:,} tokens ({self.learnt_tokens:,} learnt)"
+        kept = f"{self.examples:,} examples, {self.tokens:,} tokens ({self.learnt_tokens:,} learnt)"
         return f"{kept}, longest {self.longest:,}; {self.truncated:,} cut at the end, {self.dropped:,} dropped"
 
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """The examples that can be learnt, the row (from 0) that each came from, and the counts."""
+    """The examples that can be learnt, the row (from 0) that each came from (a document gives several), the counts."""
 
     examples: list[Encoded]
     row_indices: list[int]
@@ -93,17 +95,19 @@ def encode_dataset(
     examples, row_indices, truncated, dropped = [], [], 0, 0
     for i, row in enumerate(rows):
         where = f"{path}: row {i + 1}"
-        messages = to_messages(row, schema, where)
-        try:
-            example = encode_messages(tokenizer, messages, max_seq_length=max_seq_length, learn=learn)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        truncated += example.n_truncated > 0
-        if example.n_learnt == 0:
-            dropped += 1
-            continue
-        examples.append(example)
-        row_indices.append(i)
+        if schema.kind == "text":
+            found = _encode_document(tokenizer, to_text(row, schema, where), max_seq_length, where)
+        else:
+            messages = to_messages(row, schema, where)
+            try:
+                found = [encode_messages(tokenizer, messages, max_seq_length=max_seq_length, learn=learn)]
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        kept = [example for example in found if example.n_learnt > 0]
+        truncated += any(example.n_truncated > 0 for example in found)
+        dropped += not kept
+        examples += kept
+        row_indices += [i] * len(kept)
     if not examples:
         raise ValueError(
             f"{path}: nothing to learn: none of {len(rows)} rows has a token of its answer within "
@@ -116,6 +120,7 @@ def encode_dataset(
         tokens=sum(len(example.ids) for example in examples),
         learnt_tokens=sum(example.n_learnt for example in examples),
         longest=max(len(example.ids) for example in examples),
+        examples=len(examples),
     )
     return EncodedDataset(examples, row_indices, report)
 
@@ -144,6 +149,15 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     with the generation prompt is the beginning of its text with the answer.
     """
     return _encode(tokenizer, messages, "answers", add_generation_prompt=True)[0]
+
+
+def _encode_document(tokenizer: Tokenizer, text: str, max_seq_length: int, where: str) -> list[Encoded]:
+    """Plain text: every token is learnt that has one before it."""
+    try:
+        pieces = document_pieces(tokenizer, text, max_seq_length)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return [Encoded(ids, [0] + [1] * (len(ids) - 1)) for ids in pieces]
 
 
 def show(tokenizer: Tokenizer, encoded: Encoded) -> Text:

@@ -1,12 +1,16 @@
 """What a file's rows mean: which columns make the question, and which the answer.
 
-    alpaca              {instruction, input?, output}       user: instruction, a blank line, input · assistant: output
-    prompt_completion   {prompt, completion}                user: prompt · assistant: completion
-    messages            {messages: [{role, content}, …]}    as they stand: system?, then user, assistant, user, …
+    messages            {messages: [{role, content}, …]}       as they stand: system?, then user, assistant, user, …
+    sharegpt            {conversations: [{from, value}, …]}    human, user → user · gpt, assistant, model → assistant
+    prompt_completion   {prompt, completion}                   user: prompt · assistant: completion
+    alpaca              {instruction, input?, output}          user: instruction, blank line, input · assistant: output
+    text                {text}                                 a document: no question, every token is learnt
+    template            any columns                            told by flags only: flags.py, template.py
 
-`detect` looks at the columns of the first row and says in a sentence what it found; `to_messages` turns one row into
-messages and checks it. Every error names the file and the row, counted from 1 (in csv the header is not a row).
-A further shape is a line in SHAPES and a function from row to messages. Known but not read yet: see OTHER_SHAPES.
+`detect` looks at the columns of the first row, in this order, and says in a sentence what it found. `to_messages` turns
+one row into messages and checks it; `to_text` does so for plain text. Every error names the file and the row, counted
+from 1 (in csv the header is not a row). A further shape is a line in SHAPES and a function from row to messages.
+Known but not read here: preference data (see OTHER_SHAPES).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from .chat import Message, question
+from .columns import checked_text, kind_of, lookup, names
+from .template import Template, fill
 
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,14 @@ class Schema:
 
     kind: str
     explanation: str
+    column: str | None = None
+    """Path of the list of messages or of the text, where it is not the shape's own column."""
+    question: Template | None = None
+    """Of kind template."""
+    answer: Template | None = None
+    """Of kind template; of kind text, where the document is made of several columns."""
+    system: Template | None = None
+    """System message for conversations that bring none; where it comes out blank there is none."""
 
 
 def detect(rows: Sequence[Mapping[str, Any]], path: str) -> Schema:
@@ -34,18 +56,42 @@ def detect(rows: Sequence[Mapping[str, Any]], path: str) -> Schema:
     for kind, shape in SHAPES.items():
         if shape.required <= columns:
             unused = sorted(columns - shape.required - shape.optional)
-            note = f"; columns not used: {', '.join(unused)}" if unused else ""
-            return Schema(kind, f"{kind}: {shape.explanation}{note}")
-    raise ValueError(f"{path}: row 1: {_why_no_shape(columns)}; found {', '.join(sorted(columns)) or 'no columns'}")
+            if kind in ("messages", "sharegpt"):
+                (column,) = shape.required
+                return list_of_messages(rows[0], column, path, unused=unused)
+            return explained(kind, shape.explanation, unused)
+    raise ValueError(f"{path}: row 1: {_why_no_shape(columns)}; found {names(sorted(columns)) or 'no columns'}")
+
+
+def list_of_messages(
+    row: Mapping[str, Any], column: str, path: str, *, unused: Sequence[str] = (), kind: str = ""
+) -> Schema:
+    """The schema of a column that holds a list of messages: the keys of the first one tell which kind they are."""
+    messages = lookup(row, column, f"{path}: row 1")
+    keys = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    if not kind:
+        by_name = "sharegpt" if column == "conversations" else "messages"
+        kind = "sharegpt" if "from" in keys else "messages" if "role" in keys else by_name
+    return explained(kind, SHAPES[kind].explanation, unused, column=column)
+
+
+def explained(kind: str, sentence: str, unused: Sequence[str] = (), **fields: Any) -> Schema:
+    """A schema with its sentence, which also names the columns that are not used."""
+    note = f"; columns not used: {names(unused)}" if unused else ""
+    return Schema(kind, f"{kind}: {sentence}{note}", **fields)
 
 
 def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
     """One row → its messages, ending in an answer. `where` ("orders.jsonl: row 3") begins every error.
 
     Raises ValueError for a missing column, a value that is no text, a blank question or answer, an unknown role, and
-    turns out of order.
+    turns out of order; and for plain text.
     """
-    messages = SHAPES[schema.kind].to_messages(row, where)
+    read = _template if schema.kind == "template" else SHAPES[schema.kind].to_messages
+    messages = read(row, schema, where)
+    if schema.system is not None and messages[0]["role"] != "system":
+        system = fill(schema.system, row, where)
+        messages = [{"role": "system", "content": system}, *messages] if system.strip() else messages
     _check_order([message["role"] for message in messages], where)
     for number, message in enumerate(messages, start=1):
         if message["role"] != "system" and not message["content"].strip():
@@ -54,34 +100,61 @@ def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Mess
     return messages
 
 
-def _alpaca(row: Mapping[str, Any], where: str) -> list[Message]:
+def to_text(row: Mapping[str, Any], schema: Schema, where: str) -> str:
+    """One row of plain text → its document, which may be empty. Raises ValueError for a missing or wrong column."""
+    return fill(schema.answer, row, where) if schema.answer else _text(row, schema.column or "text", where)
+
+
+def _messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
+    roles = {role: role for role in ROLES}
+    return _each(row, schema.column or "messages", where, "role", "content", roles)
+
+
+def _sharegpt(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
+    return _each(row, schema.column or "conversations", where, "from", "value", SHAREGPT_ROLES)
+
+
+def _prompt_completion(row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
+    return _one_turn(_text(row, "prompt", where), _text(row, "completion", where))
+
+
+def _alpaca(row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
     given = _text(row, "input", where) if row.get("input") is not None else None
     asked = question(_text(row, "instruction", where), given)
     return [asked, {"role": "assistant", "content": _text(row, "output", where)}]
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> list[Message]:
-    return _one_turn(_text(row, "prompt", where), _text(row, "completion", where))
+def _no_messages(_row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
+    raise ValueError(f"{where}: plain text holds no questions and answers")
 
 
-def _messages(row: Mapping[str, Any], where: str) -> list[Message]:
-    messages = _value(row, "messages", where)
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list with messages in it, found {_kind(messages)}")
-    return [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} must be an object with role and content, found {_kind(message)}")
-    role = _text(message, "role", where)
-    if role not in ROLES:
-        raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, found {role!r}")
-    return {"role": role, "content": _text(message, "content", where)}
+def _template(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
+    if schema.question is None or schema.answer is None:
+        raise ValueError(f"{where}: the shape template needs a template for the question and one for the answer")
+    return _one_turn(fill(schema.question, row, where), fill(schema.answer, row, where))
 
 
 def _one_turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _each(
+    row: Mapping[str, Any], path: str, where: str, role_key: str, text_key: str, roles: Mapping[str, str]
+) -> list[Message]:
+    """The messages of a list, their roles in our words."""
+    items = lookup(row, path, where)
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{where}: {names([path], repr)} must be a list with messages in it, found {kind_of(items)}")
+    messages = []
+    for number, item in enumerate(items, start=1):
+        place = f"{where}: message {number}"
+        if not isinstance(item, dict):
+            raise ValueError(f"{place} must be an object with {role_key} and {text_key}, found {kind_of(item)}")
+        role = _text(item, role_key, place)
+        if role not in roles:
+            raise ValueError(f"{place}: {role_key} must be one of {', '.join(roles)}, found {names([role], repr)}")
+        messages.append({"role": roles[role], "content": _text(item, text_key, place)})
+    return messages
 
 
 def _check_order(roles: list[str], where: str) -> None:
@@ -96,31 +169,8 @@ def _check_order(roles: list[str], where: str) -> None:
         raise ValueError(f"{where}: the last message must be an answer (role assistant), found role {roles[-1]}")
 
 
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, where)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} must be text, found {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {column!r} has half a character at position {error.start}") from error
-    return value
-
-
-def _value(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise ValueError(f"{where}: missing {column!r}; found {', '.join(sorted(row)) or 'nothing'}")
-    return row[column]
-
-
-def _kind(value: Any) -> str:
-    """A value's type, in the words of JSON."""
-    if isinstance(value, bool):
-        return "true or false"
-    names = {dict: "an object", str: "text", int: "a number", float: "a number", type(None): "null"}
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return names.get(type(value), type(value).__name__)
+def _text(row: Mapping[str, Any], path: str, where: str) -> str:
+    return checked_text(lookup(row, path, where), path, where)
 
 
 @dataclass(frozen=True)
@@ -128,16 +178,24 @@ class _Shape:
     required: frozenset[str]
     optional: frozenset[str]
     explanation: str
-    to_messages: Callable[[Mapping[str, Any], str], list[Message]]
+    to_messages: Callable[[Mapping[str, Any], Schema, str], list[Message]]
 
 
+DOCUMENT = "is a document, cut into pieces of max_seq_length; every token is learnt, there is no question"
+NONE: frozenset[str] = frozenset()
 SHAPES = {
     "messages": _Shape(
-        frozenset({"messages"}), frozenset(), "the messages as they stand; every assistant message is learnt", _messages
+        frozenset({"messages"}), NONE, "the messages as they stand; every assistant message is learnt", _messages
+    ),
+    "sharegpt": _Shape(
+        frozenset({"conversations"}),
+        NONE,
+        "human (or user) asks; gpt (or assistant, model) gives the answers that are learnt",
+        _sharegpt,
     ),
     "prompt_completion": _Shape(
         frozenset({"prompt", "completion"}),
-        frozenset(),
+        NONE,
         "prompt is the user's turn in the model's chat template and completion the answer that is learnt; a model "
         "without a template gets the text itself: prompt, newline, completion",
         _prompt_completion,
@@ -148,9 +206,10 @@ SHAPES = {
         "instruction and input, a blank line between, are the user's turn; output is the answer that is learnt",
         _alpaca,
     ),
+    "text": _Shape(frozenset({"text"}), NONE, f"text {DOCUMENT}", _no_messages),
 }
 
-OTHER_SHAPES = {"conversations": "ShareGPT", "chosen": "preference", "text": "plain text"}
+OTHER_SHAPES = {"chosen": "preference"}
 
 
 def _why_no_shape(columns: set[str]) -> str:
@@ -162,6 +221,6 @@ def _why_no_shape(columns: set[str]) -> str:
     required = SHAPES[nearest].required
     if not required & columns:
         wanted = " or ".join(f"{{{', '.join(sorted(shape.required))}}}" for shape in SHAPES.values())
-        return f"the columns must be {wanted}"
+        return f"the columns must be {wanted}, or told, as in --template '{{question}} => {{answer}}'"
     missing = ", ".join(repr(column) for column in sorted(required - columns))
     return f"missing {missing} of the {nearest} shape {{{', '.join(sorted(required))}}}"

@@ -1,11 +1,14 @@
-"""data/schema.py: the three shapes become messages; every bad row is one line that names it."""
+"""data/schema.py: every shape becomes messages; every bad row is one line that names it."""
 
 import pytest
 
 from data import detect, to_messages
+from data.schema import to_text
 
 USER = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Hi"}
+HUMAN = {"from": "human", "value": "Hello"}
+GPT = {"from": "gpt", "value": "Hi"}
 
 
 def messages_of(row: dict) -> list[dict]:
@@ -33,11 +36,41 @@ def messages_of(row: dict) -> list[dict]:
             "messages",
             [{"role": "system", "content": ""}, USER, ANSWER, USER, ANSWER],
         ),
+        ({"text": "Hello"}, "text", None),
+        (
+            {"conversations": [HUMAN, GPT]},
+            "sharegpt",
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be kind."},
+                    {"from": "user", "value": "Hello"},
+                    {"from": "assistant", "value": "Hi", "weight": 1},
+                    {"from": "human", "value": "Hello"},
+                    {"from": "model", "value": "Hi"},
+                ]
+            },
+            "sharegpt",
+            [{"role": "system", "content": "Be kind."}, USER, ANSWER, USER, ANSWER],
+        ),
+        ({"conversations": [USER, ANSWER]}, "messages", [USER, ANSWER]),
+        (
+            {"messages": [HUMAN, GPT]},
+            "sharegpt",
+            [USER, ANSWER],
+        ),
     ],
 )
 def test_shapes(row: dict, kind: str, messages: list[dict]) -> None:
     assert detect([row], "rows.jsonl").kind == kind
-    assert messages_of(row) == messages
+    if messages is None:
+        assert to_text(row, detect([row], "rows.jsonl"), "rows.jsonl: row 1") == row["text"]
+        with pytest.raises(ValueError, match=r"^rows.jsonl: row 1: plain text holds no questions and answers$"):
+            messages_of(row)
+    else:
+        assert messages_of(row) == messages
 
 
 def test_the_explanation_names_the_columns_that_are_not_used() -> None:
@@ -49,13 +82,11 @@ def test_the_explanation_names_the_columns_that_are_not_used() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "the columns must be {messages} or {completion, prompt} or {instruction, output}; found no columns"),
+        ({}, "the columns must be {messages} or {conversations} or {completion, prompt} or .*; found no columns"),
         ({"a": 1}, "the columns must be .*; found a"),
         ({"instruction": "a", "answer": "b"}, "missing 'output' of the alpaca shape .*; found answer, instruction"),
         ({"prompt": "a"}, "missing 'completion' of the prompt_completion shape"),
-        ({"conversations": []}, "'conversations' makes this ShareGPT data, which is not read here"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'chosen' makes this preference data"),
-        ({"text": "a"}, "'text' makes this plain text data"),
     ],
 )
 def test_columns_of_no_shape(row: dict, message: str) -> None:
@@ -116,3 +147,25 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 def test_bad_messages(messages: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^rows.jsonl: row 1: {message}$"):
         messages_of({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        (
+            [HUMAN, {"from": "bing", "value": "b"}],
+            "message 2: from must be one of system, human, user, gpt, assistant, model, found 'bing'",
+        ),
+        ([{"from": "gpt", "value": "a"}], "message 1 must be from user, found assistant"),
+        (
+            [HUMAN, {"role": "gpt", "value": "b"}],
+            "message 2: missing 'from'; found role, value",
+        ),
+        ([{"from": "human", "value": 1}], "message 1: 'value' must be text, found a number"),
+        ([{"from": "h\x1b[2J" + "u" * 999, "value": "a"}], r"message 1: from must be .*found 'h\\x1b\[2Ju{55}…'"),
+        ({"from": "human"}, "'conversations' must be a list with messages in it, found an object"),
+    ],
+)
+def test_bad_sharegpt(conversation: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^rows.jsonl: row 1: {message}$"):
+        messages_of({"conversations": conversation})

@@ -15,6 +15,7 @@ import torch
 import kernels
 from data.batch import collate
 from data.encode import encode_dataset
+from data.schema import detect
 from lora import LinearNF4, load_adapter, trainable_parameters
 from models import load_model, load_tokenizer
 from tests import reference
@@ -42,7 +43,7 @@ def config(base, tmp_path) -> sft.SFTConfig:
 
 def batch_of(base, n=8):
     tokenizer = load_tokenizer(base)
-    schema = sft.detect(ROWS, "rows")
+    schema = detect(ROWS, "rows")
     examples = encode_dataset(tokenizer, ROWS[:n], schema, max_seq_length=128, path="rows").examples
     return tokenizer, examples
 

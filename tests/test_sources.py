@@ -1,6 +1,7 @@
 """data/sources.py: every format gives the same rows to the byte; every bad file is one line with its place."""
 
 import csv
+import gzip
 import json
 import unicodedata
 from pathlib import Path
@@ -24,6 +25,37 @@ def write_csv(path: Path, encoding: str = "utf-8") -> None:
         writer = csv.DictWriter(handle, ROWS[0])
         writer.writeheader()
         writer.writerows(ROWS)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_gz_file_holds_the_same_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    write_csv(tmp_path / "rows.csv")
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert read_rows(tmp_path / f"{name}.gz") == ROWS
+
+
+def test_a_txt_file_is_one_document_and_a_folder_of_them_several(tmp_path: Path) -> None:
+    text = "\r\n First line\n\n\tlast line, e\u0301 \u2028 without an end"
+    (tmp_path / "b.txt").write_bytes(text.encode("utf-8-sig"))
+    (tmp_path / "a.txt").write_bytes(b"first\n")
+    (tmp_path / "notes").mkdir()
+    assert read_rows(tmp_path / "b.txt") == [{"text": text}]
+    assert read_rows(tmp_path) == [{"text": "first\n"}, {"text": text}]
+    (tmp_path / "c.csv").write_text("a\n1")
+    with pytest.raises(ValueError, match=r"is a folder; name a split, as in .*:train \(files: a.txt, b.txt, c.csv\)$"):
+        read_rows(tmp_path)
+
+
+def test_pieces_of_a_split_are_read_in_order_and_all_of_them(tmp_path: Path) -> None:
+    for i, line in enumerate(['{"a": 0}', '{"a": 1}\n{"a": 2}', '{"a": 3}']):
+        (tmp_path / f"train-0000{i}-of-00003.jsonl").write_text(line)
+    (tmp_path / "test-00000-of-00001.jsonl").write_text('{"a": 9}')
+    assert read_rows(f"{tmp_path}:train") == [{"a": i} for i in range(4)]
+    (tmp_path / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"pieces of split 'train' are missing or double: found train-00000-of-00003"):
+        read_rows(f"{tmp_path}:train")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -86,6 +118,18 @@ def test_a_long_csv_value_is_read_and_the_limit_put_back(tmp_path: Path) -> None
         ("a.json", b'{"a": 1}', r"a\.json: must be a list of objects, found an object; one object a line is \.jsonl$"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl: line 1: not read: nested too deep$"),
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl: line 1: not read: Exceeds the limit"),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 3}', r"a\.jsonl: line 1: not read: key 'a' stands twice in one object$"),
+        ("a.json", b'[{"b": {"a": 1, "a": 1}}]', r"a\.json: not read: key 'a' stands twice in one object$"),
+        ("a.jsonl", b'{"a": 1}\n{"a": NaN}', r"line 2: not read: NaN is no JSON number; null says that there is none$"),
+        ("a.jsonl", b'{"a": [-Infinity]}', r"line 1: not read: -Infinity is no JSON number"),
+        ("a.jsonl", b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", r"line 1: not read: nested too deep \(more than 64 "),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], r"line \d+: the gzip file is damaged or cut short: "),
+        ("a.jsonl.gz", b'{"a": 1}\n', r"line 1: the gzip file is damaged or cut short: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz: has no rows$"),
+        ("a.txt", b"caf\xe9", r"a\.txt: line 1: byte 4 \(0xe9\) is not UTF-8$"),
+        ("a.txt", b"GIF89a\0\0", r"a\.txt: line 1: byte 7 is NUL, so this is no text file$"),
+        ("a.txt", b"", r"a\.txt: is empty$"),
+        ("a.parquet.gz", b"x", r"unknown ending '\.parquet\.gz'"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\0"}', r"a\.jsonl: line 2: byte 8 is NUL"),
         ("a.csv", b"a\nx\0y", r"a\.csv: line 2: byte 2 is NUL"),
         ("a.jsonl", '{"a": "é"}'.encode("latin-1"), r"a\.jsonl: line 1: byte 8 \(0xe9\) is not UTF-8$"),
@@ -95,7 +139,11 @@ def test_a_long_csv_value_is_read_and_the_limit_put_back(tmp_path: Path) -> None
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv: line 1: column 'a' stands twice in the header$"),
         ("a.csv", b'a,b\n"1" 2,3\n', r"a\.csv: line 2: not csv: "),
         ("a.csv", b'a\n"never closed\n\n', r"a\.csv: line 3: not csv: unexpected end of data$"),
-        ("a.parquet", b"PAR1", r"a\.parquet: unknown ending '\.parquet'; data files end in \.jsonl, \.json, \.csv$"),
+        (
+            "a.xlsx",
+            b"PK",
+            r"a\.xlsx: unknown ending '\.xlsx'; data files end in \.jsonl, \.json, \.csv, \.parquet, \.txt$",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -110,7 +158,7 @@ def test_missing_files_folders_and_splits(tmp_path: Path) -> None:
         "none.jsonl": "no such file$",
         "none:train": "no such folder to take split 'train'$",
         "": r"is a folder; name a split, as in .*:train \(files: a.csv, a.jsonl\)$",
-        ":b": r"split 'b' must be one file; the folder has none of b.jsonl, b.json, b.csv$",
+        ":b": r"split 'b' must be one file; the folder has none of b.jsonl, b.json, b.csv, b.parquet, b.txt$",
         ":a": r"split 'a' must be one file; the folder has a.jsonl and a.csv$",
         "a.csv:train": "is not a folder, so that it has no split 'train'$",
     }.items():
@@ -127,6 +175,13 @@ def test_what_is_read_at_once_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * 1000)
     (tmp_path / "a.json").write_bytes(b"[\n" + b'{"a":1},\n' * 20 + b"]")
     (tmp_path / "a.csv").write_bytes(b'a\n"' + b"x\n" * 20)
+    (tmp_path / "a.txt").write_bytes(b"words\n" * 20)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000))
+    monkeypatch.setattr(sources, "MAX_UNPACKED_BYTES", 500)
+    with pytest.raises(ValueError, match=r"bytes of \.txt are read at once, at most 100; cut it into several files$"):
+        read_rows(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: line 56: unpacks to more than 500 bytes$"):
+        read_rows(tmp_path / "b.jsonl.gz")
     with pytest.raises(ValueError, match=r"line 2: longer than 10 bytes"):
         read_rows(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"bytes of \.json are read at once, at most 100; use \.jsonl"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.dataset import Dataset
 from data.encode import encode_prompt
 from data.schema import Schema, to_messages
 from lora import save_adapter
@@ -18,8 +19,7 @@ def write_results(
     model: Decoder,
     tokenizer: Tokenizer,
     metrics: Path,
-    eval_rows: list[dict[str, Any]],
-    eval_schema: Schema | None,
+    held_out: Dataset | None,
     progress: ProgressLine,
 ) -> None:
     """Write what the run made: weights, loss curve, and answers to some held-out prompts."""
@@ -32,14 +32,14 @@ def write_results(
         progress.say(f"saved {out / 'adapter'}")
     if not plot_loss(read_metrics(metrics), out / "plots" / "loss.png"):
         progress.say("no loss curve was drawn: matplotlib is not installed (the extra `plot` has it)")
-    if eval_schema is not None and config.samples:
-        _write_samples(out / "samples.jsonl", model, tokenizer, eval_rows[: config.samples], eval_schema)
+    if held_out is not None and held_out.schema.kind != "text" and config.samples:
+        _write_samples(out / "samples.jsonl", model, tokenizer, held_out.rows[: config.samples], held_out.schema)
 
 
 def _write_samples(
     path: Path, model: Decoder, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema
 ) -> None:
-    """Answers to a few held-out prompts, greedy, beside the answers wanted."""
+    """Answers to a few held-out prompts, greedy, beside the answers wanted. Plain text has no prompts."""
     conversations = [to_messages(row, schema, f"row {i + 1}") for i, row in enumerate(rows)]
     prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
     model.eval()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, collate, step_rows
+from data.dataset import Dataset, read_datasets
 from data.encode import Encoded, EncodedDataset, encode_dataset
 from data.formats import describe
 from data.schema import Schema, detect
@@ -76,14 +77,13 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
-    rows, schema = read_dataset(config.data)
-    env = run_folder.environment(run_folder.rows_hash(rows))
+    data, held_out = read_datasets(config)
+    env = run_folder.environment(run_folder.rows_hash(data.rows))
     run_folder.check(out, asdict(config), env, resume=config.resume)
 
     tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
-    train_set = _encode(config, tokenizer, rows, schema, config.data)
-    eval_rows, eval_schema = read_dataset(config.eval_data) if config.eval_data else ([], None)
-    eval_set = _encode(config, tokenizer, eval_rows, eval_schema, config.eval_data or "") if eval_schema else None
+    train_set = _encode(config, tokenizer, data)
+    eval_set = _encode(config, tokenizer, held_out) if held_out else None
     model = prepare_model(config)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.peak_rate)
@@ -100,7 +100,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     progress = ProgressLine(total_steps, done, quiet=quiet or not world.is_main())
     trainable, total = count_parameters(model)
     progress.say(f"{config.model}, {config.method}: {trainable:,} of {total:,} parameters train, seed {config.seed}")
-    progress.say(f"data: {schema.explanation}; {train_set.report}")
+    progress.say(f"data: {data.schema.explanation}; {train_set.report}")
     progress.say(f"{describe(tokenizer)}; learnt: {config.learn}")
 
     loss, eval_loss = math.nan, None
@@ -132,7 +132,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
         config.out, total_steps, loss, eval_loss, speed.seconds, speed.tokens_per_second, peak_memory_bytes()
     )
     if world.is_main():
-        write_results(config, model, tokenizer, metrics.path, eval_rows, eval_schema, progress)
+        write_results(config, model, tokenizer, metrics.path, held_out, progress)
     return Trained(model, tokenizer, result)
 
 
@@ -201,8 +201,6 @@ def evaluate_loss(model: Decoder, examples: list[Encoded], batch_size: int, pad_
     return evaluate(model, [collate(part, pad_id=pad_id) for part in split(examples, batch_size)], nll_of)
 
 
-def _encode(
-    config: SFTConfig, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema, path: str
-) -> EncodedDataset:
+def _encode(config: SFTConfig, tokenizer: Tokenizer, data: Dataset) -> EncodedDataset:
     length = config.max_seq_length
-    return encode_dataset(tokenizer, rows, schema, max_seq_length=length, path=path, learn=config.learn)
+    return encode_dataset(tokenizer, data.rows, data.schema, max_seq_length=length, path=data.path, learn=config.learn)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.encode import LEARN, Learn
+from data.flags import DataFlags
 from lora import LoRAConfig
 from optim import SCHEDULES
 
@@ -12,19 +13,15 @@ from .recipes import METHODS, default_learning_rate
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(DataFlags):
     """Supervised fine-tuning: full, LoRA or QLoRA."""
 
-    data: str
-    """Training rows: FILE.jsonl, .json or .csv, or FOLDER:SPLIT; Alpaca, prompt/completion or messages."""
     out: str
     """The run's folder, for example runs/first. It must not hold a run, unless --resume."""
     model: str = "smollm2-135m"
     """Base model: built-in name, Hugging Face folder, .gguf file, or hub id."""
     method: Literal["full", "lora", "qlora"] = "qlora"
     """What is trained: all weights, adapters on a dense base, or adapters on a 4-bit base."""
-    eval_data: str | None = None
-    """Held-out rows in the same shape: loss on them during training, sample answers at the end."""
     chat_template: str | None = None
     """Chat format: chatml, llama-3, vicuna, chatgpt, alpaca, plain or a Jinja file; by default the model's own."""
     learn: Learn = "answers"

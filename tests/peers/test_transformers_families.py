@@ -1,13 +1,13 @@
 """Small random models of every family, with every setting, in models/ and in transformers, really run: logits,
 gradients, cached decoding, generation, saved folders, and configs in the spellings of transformers 4 and 5.
 
-Windows are far shorter than the texts. Weights are large (std 0.3), so that attention is far import re
-from uniform.
+Windows are far shorter than the texts. Weights are large (std 0.3), so that attention is far from uniform.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
