@@ -10,7 +10,8 @@ says what was lost beside what the adapter does, in the weights and on a text:
 "With adapter" is the model as --quantize holds it. The weights that the adapter is merged onto may be others (--onto):
 into 4 bits, updates smaller than the steps vanish on weights that lie on those steps already, and come through in part
 on the original ones, which bring other rounding errors. Which is better depends on both, so both are tried.
-The report is printed, and saved as merge_report.json in the folder.
+The report is printed, and saved as merge_report.json in the folder. The chat template that the adapter was trained with
+goes into the folder too.
 """
 
 import json
@@ -31,6 +32,7 @@ from models.compare import Difference, compare, outputs
 from models.save import check_target
 from trainers.sft import read_dataset
 
+from .loaded import with_chat
 from .quantize import DTYPES
 
 REPORT = "merge_report.json"
@@ -84,7 +86,7 @@ def run(args: MergeArgs) -> None:
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {args.tokens}")
     check_target(args.out)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer, _ = with_chat(load_tokenizer(args.model), None, args.adapter)
     rows = sample(tokenizer, args.data, args.tokens)
     merged, tried, gain = merge_and_measure(args, rows)
     warnings = complaints(args.into, merged.cost, gain)

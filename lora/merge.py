@@ -85,6 +85,8 @@ def merge_adapter(
     form = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     merged = {path: _merged(path, layer, name, into, dtype, form) for path, layer in layers.items()}
     for path, (new, _, _) in merged.items():
+        _check_finite(path, new)
+    for path, (new, _, _) in merged.items():
         replace_module(model, path, new)
     errors = {path: error for path, (_, error, _) in merged.items()}
     sizes = {path: size for path, (_, _, size) in merged.items()}
@@ -129,6 +131,8 @@ def _merged(
         bias = layer.trained_bias[name].to(layer.base_layer.bias.dtype)  # type: ignore[union-attr]
     stays_dense = isinstance(base, Tensor) and path.rsplit(".", 1)[-1] == HEAD and form["quant_type"]
     if into == "nf4" and not stays_dense:
+        if isinstance(base, QuantizedTensor) and name not in layer.lora_A:
+            return LinearNF4(base, bias), 0.0, 0.0  # its bias alone was trained
         if isinstance(base, QuantizedTensor):
             form = {"quant_type": base.quant_type, "blocksize": base.blocksize, "double_quant": base.double_quant}
         elif form["quant_type"] is None:
@@ -138,10 +142,7 @@ def _merged(
         q = kernels.quantize(exact.to(base.dtype), **form)
         return LinearNF4(q, bias), *_error_and_size(kernels.dequantize(q), exact, delta)
     merged = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    dtype = dtype or base.dtype
-    merged.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-    if not torch.isfinite(merged.weight).all():
-        raise ValueError(f"merging {path} gives NaN or infinity in {str(dtype).removeprefix('torch.')}")
+    merged.weight = nn.Parameter(exact.to(dtype or base.dtype), requires_grad=False)
     if bias is not None:
         merged.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return merged, *_error_and_size(merged.weight, exact, delta)
@@ -167,6 +168,12 @@ def _merged_whole(layer: SavedModule, name: str, dtype: torch.dtype | None) -> t
         parameter.data = parameter.to(dtype or before[key].dtype)
         rounded.append(parameter.flatten().to(trained[-1].dtype))
     return merged, *_error_and_size(torch.cat(rounded), torch.cat(trained), torch.cat(change))
+
+
+def _check_finite(path: str, merged: nn.Module) -> None:
+    for parameter in merged.parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"merging {path} gives NaN or infinity in {str(parameter.dtype).removeprefix('torch.')}")
 
 
 def _dense(base: Tensor | QuantizedTensor) -> Tensor:

@@ -4,6 +4,7 @@ than the adapter brings is called out, and what a user gets wrong is one line th
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,38 @@ def test_updates_below_half_a_step_are_lost_on_4_bit_weights_and_that_is_called_
     assert len(report["warnings"]) == 1
     run("merge", made / "base", made / "small", tmp_path / "dense", "--quantize", "nf4")
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*share one weight in this model")
+@pytest.mark.parametrize("into", ["dense", "nf4"])
+def test_what_an_adapter_has_beside_its_low_rank_matrices_is_merged_too(into: str, made: Path, tmp_path: Path) -> None:
+    """An adapter on the embeddings, and a head trained whole: both stay dense, and are tied no longer."""
+    targets = ["embed_tokens", "q_proj"]
+    model = add_adapter(load_model(made / "base"), LoRAConfig(r=4, target_modules=targets, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    run("merge", made / "base", tmp_path / "adapter", tmp_path / "out", "--into", into, "--quantize", "nf4")
+    merged = load_model(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert not merged.config.tie_word_embeddings
+    assert {"model.embed_tokens", "lm_head"} < set(report["weight_error"])
+    assert max(report["weight_error"][path] for path in ("model.embed_tokens", "lm_head")) < 1e-6
+    wanted = load_adapter(load_model(made / "base", quantize="nf4"), tmp_path / "adapter")
+    rows = sample(load_tokenizer(made / "base"), None, 512)
+    cost = compare(outputs(wanted, rows), outputs(merged, rows))  # type: ignore[arg-type]
+    assert cost.kl == pytest.approx(report["merging"]["kl"], rel=1e-3, abs=1e-9)
+    assert cost.kl < 0.5 * report["adapter_effect"]["kl"]
+
+
+def test_a_merged_model_speaks_as_its_adapter_was_trained(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "strong", tmp_path / "adapter")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(template)
+    run("merge", made / "base", tmp_path / "adapter", tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == template
 
 
 def test_an_adapter_that_does_nothing_is_called_out(made: Path, tmp_path: Path, capsys) -> None:

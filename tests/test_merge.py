@@ -20,6 +20,7 @@ from lora import (
 from lora.adapters import lora_layers
 from tests import reference
 from tests.accuracy import error, exact
+from tests.small_llama import small_decoder
 from tests.test_attach import IDS, INSIDE, TinyModel, base_bytes, paths_of, randomize_b
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -203,6 +204,27 @@ def test_a_dense_sum_that_its_dtype_cannot_hold_is_refused() -> None:
     with torch.no_grad():
         lora_layers(model)[INSIDE[-1]].lora_B["default"][0, 0] = 1e6
     refused(model, f"merging {INSIDE[-1]} gives NaN or infinity in float16", dtype=torch.float16)
+
+
+def test_a_4_bit_layer_of_which_only_the_bias_was_trained_keeps_its_codes() -> None:
+    model = quantize_model(small_decoder(attention_bias=True))
+    add_adapter(model, LoRAConfig(r=2, bias="all", target_modules=["q_proj"]))
+    path = next(p for p, layer in lora_layers(model).items() if "default" not in layer.lora_A)
+    before = lora_layers(model)[path].base_layer.quantized
+    with torch.no_grad():
+        lora_layers(model)[path].trained_bias["default"].fill_(2.0)
+    report = merge_adapter(model, into="nf4")
+    merged = model.get_submodule(path)
+    assert all(torch.equal(merged.quantized.tensors()[key], tensor) for key, tensor in before.tensors().items())
+    assert torch.equal(merged.bias, torch.full_like(merged.bias, 2.0))
+    assert (report.weight_error[path], report.adapter_size[path]) == (0.0, 0.0)
+
+
+def test_a_module_trained_whole_that_its_dtype_cannot_hold_is_refused() -> None:
+    model = add_adapter(TinyModel(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.ndim == 2).fill_(1e6)
+    refused(model, "merging lm_head gives NaN or infinity in float16", dtype=torch.float16)
 
 
 def test_another_adapter_on_the_same_layers_is_refused() -> None:
