@@ -41,7 +41,9 @@ def save_model(
     if worn:
         raise ValueError(f"save_model writes models without adapters: {worn[0]} wears one; save or merge the adapter")
     raw = model.config.to_hf() | {"torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")}
-    raw["tie_word_embeddings"] = getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight  # as they are
+    raw["tie_word_embeddings"] = (
+        getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight
+    )  # as they are
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, LinearNF4)}
     if quantized:
         raw["quantization_config"] = _quantization_config(model, quantized)
