@@ -3,7 +3,7 @@
 file ──sources──▶ rows ──schema──▶ messages ──chat──▶ text ──spans──▶ places ──encode──▶ ids + mask ──batch──▶ tensors
 """
 
-from .batch import Batch, collate, epoch_order, step_rows
+from .batch import Batch, collate, collate_packed
 from .chat import Message, Tokenizer, render, template_of
 from .encode import (
     LEARN,
@@ -18,6 +18,8 @@ from .encode import (
     show,
 )
 from .formats import FORMATS, chat_template, format_name
+from .order import DataOrder, epoch_order, step_rows
+from .packing import pack
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
 
@@ -26,6 +28,7 @@ __all__ = [
     "LEARN",
     "LEGEND",
     "Batch",
+    "DataOrder",
     "EncodeReport",
     "Encoded",
     "EncodedDataset",
@@ -35,12 +38,14 @@ __all__ = [
     "Tokenizer",
     "chat_template",
     "collate",
+    "collate_packed",
     "detect",
     "encode_dataset",
     "encode_messages",
     "encode_prompt",
     "epoch_order",
     "format_name",
+    "pack",
     "read_rows",
     "render",
     "show",
