@@ -24,6 +24,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/bench_matmul.py
 	$(BIN)/python benchmarks/bench_dequantize.py
 	$(BIN)/python benchmarks/bench_quantize.py
+	$(BIN)/python benchmarks/bench_packing.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -4,7 +4,7 @@ file ──sources──▶ rows ──schema──▶ messages ──chat──
 flags and dataset say which rows, and do the splitting and merging between rows and messages.
 """
 
-from .batch import Batch, collate, epoch_order, step_rows
+from .batch import Batch, collate, collate_packed
 from .chat import Message, Tokenizer, render, template_of
 from .dataset import Dataset, read_datasets
 from .encode import (
@@ -21,6 +21,8 @@ from .encode import (
 )
 from .flags import DataFlags
 from .formats import FORMATS, chat_template, format_name
+from .order import DataOrder, epoch_order, step_rows
+from .packing import pack
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
 
@@ -30,6 +32,7 @@ __all__ = [
     "LEGEND",
     "Batch",
     "DataFlags",
+    "DataOrder",
     "Dataset",
     "EncodeReport",
     "Encoded",
@@ -40,12 +43,14 @@ __all__ = [
     "Tokenizer",
     "chat_template",
     "collate",
+    "collate_packed",
     "detect",
     "encode_dataset",
     "encode_messages",
     "encode_prompt",
     "epoch_order",
     "format_name",
+    "pack",
     "read_datasets",
     "read_rows",
     "render",

@@ -15,7 +15,7 @@ what it writes there is dropped and EOS is put, and learnt: generation stops on 
  - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
  - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.
 
-`show` prints an example in colour, as `qlora inspect data` does. Left out: packing.
+`show` prints an example in colour, as `qlora inspect data` does.
 """
 
 import re

@@ -168,15 +168,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, window:
     """
     if runs is None:
         return _causal(q, k, v, window)
-    B, T = q.shape[:2]
-    pieces, done = [], 0
+    T, sizes, done = q.shape[1], [], 0
     for row, start, stop in runs:
-        here = slice(start, stop)
-        pieces.append(q.new_zeros(row * T + start - done, *q.shape[2:]))  # padding since the last document
-        pieces.append(_causal(q[row : row + 1, here], k[row : row + 1, here], v[row : row + 1, here], window)[0])
+        sizes += [row * T + start - done, stop - start]  # padding since the last document, and a document
         done = row * T + stop
-    pieces.append(q.new_zeros(B * T - done, *q.shape[2:]))
-    return torch.cat(pieces).view(q.shape)
+    sizes.append(q.shape[0] * T - done)
+    # one split, whose backward is one cat; the backward of a slice would fill a whole (B, T, H, Dh) for each document
+    pieces = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True)
+    y = []
+    for i, (q_i, k_i, v_i) in enumerate(pieces):
+        is_document = i % 2 == 1
+        y.append(_causal(q_i[None], k_i[None], v_i[None], window)[0] if is_document else torch.zeros_like(q_i))
+    return torch.cat(y).view(q.shape)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +165,68 @@ def test_a_killed_run_resumes_to_the_same_bytes(config, tmp_path):
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == list(range(1, 31))
 
 
+@pytest.mark.parametrize("way", [{"packing": True, "max_seq_length": 90}, {"group_by_length": True}], ids=str)
+def test_a_packed_or_grouped_run_learns_every_row_and_resumes_to_the_same_bytes(config, tmp_path, way):
+    """24 rows are no multiple of the window: an epoch ends inside one."""
+    config = replace(config, max_steps=None, epochs=2, accumulation=1, batch_size=5, save_every=2, **way)
+    sft.train(config, quiet=True)
+    out, copy = Path(config.out), tmp_path / "copy"
+    rows = read_metrics(out / "metrics.jsonl")
+    examples = sum(row["examples"] for row in rows)
+    assert 2 * len(ROWS) <= examples < 2 * len(ROWS) + rows[-1]["examples"]
+    plain = replace(config, packing=False, group_by_length=False, out=str(tmp_path / "plain"))
+    sft.train(plain, quiet=True)
+    padding, wanted = (
+        [row["padding"] for row in read_metrics(Path(folder) / "metrics.jsonl")] for folder in (out, plain.out)
+    )
+    assert sum(padding) / len(padding) < sum(wanted) / len(wanted)
+
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "adapter")
+    shutil.rmtree(sft.all_checkpoints(copy / "checkpoints")[-1])
+    resumed = sft.train(replace(config, out=str(copy), resume=True), quiet=True)
+    assert adapter_bytes(out) == adapter_bytes(copy)
+    assert resumed.result.loss == rows[-1]["loss"]
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("save_every", [0, 6])
+def test_resuming_a_finished_run_trains_nothing_and_says_so(config, method, save_every, capsys):
+    eval_data = write_rows(Path(config.out).parent / "eval.jsonl", ROWS[:4])
+    config = replace(config, method=method, save_every=save_every, eval_data=str(eval_data))
+    first = sft.train(config, quiet=True)
+    metrics = Path(config.out) / "metrics.jsonl"
+    before = metrics.read_bytes()
+    again = sft.train(replace(config, resume=True))
+    assert f"{config.out} is finished already: 6 steps, the last with loss {first.result.loss:.4f}" in said(capsys)
+    assert metrics.read_bytes() == before
+    assert again.result.loss == first.result.loss
+    assert again.result.eval_loss == first.result.eval_loss
+    ids = torch.arange(20)[None]
+    assert torch.equal(again.model.eval()(ids), first.model.eval()(ids))
+
+
+def test_a_run_killed_before_its_result_was_saved_saves_it_with_the_real_loss(config):
+    first = sft.train(replace(config, save_every=6), quiet=True)
+    kept = adapter_bytes(config.out)
+    shutil.rmtree(Path(config.out) / "adapter")
+    again = sft.train(replace(config, save_every=6, resume=True), quiet=True)
+    assert again.result.loss == first.result.loss
+    assert adapter_bytes(config.out) == kept
+
+
+def said(capsys) -> str:
+    """What was printed, on one line."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_the_start_of_a_run_says_how_its_rows_are_ordered(config, capsys, tmp_path):
+    sft.train(replace(config, max_steps=1), quiet=False)
+    assert "an epoch: 24 rows, shuffled, " in said(capsys)
+    sft.train(replace(config, max_steps=1, packing=True, max_seq_length=200, out=str(tmp_path / "packed")))
+    assert re.search(r"an epoch: 24 examples packed in 6 rows of up to 200 tokens, [\d.]+% padding", said(capsys))
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(config, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         sft.train(replace(config, out=str(tmp_path / name), seed=seed), quiet=True)
@@ -208,6 +272,7 @@ def test_gradient_checkpointing_gives_every_adapter_the_same_gradient(base, conf
         ({"learning_rate": float("nan")}, "--learning-rate must be above 0, got nan"),
         ({"epochs": 0}, "--epochs must be above 0"),
         ({"warmup_ratio": 1.0}, r"--warmup-ratio must lie in \[0, 1\)"),
+        ({"packing": True, "group_by_length": True}, "--packing leaves nothing for --group-by-length to do"),
         ({"method": "dora"}, "--method must be one of full, lora, qlora, got 'dora'"),
     ],
 )

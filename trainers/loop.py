@@ -8,10 +8,12 @@ of micro-batch means would weigh tokens in short rows more.)
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from data.batch import Batch
 
 from . import world
 
@@ -50,6 +52,29 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     return loss, grad_norm
+
+
+class Window(NamedTuple):
+    """What the batches of one update hold, over all ranks."""
+
+    examples: int
+    tokens: int
+    """text, padding left out"""
+    learnt_tokens: int
+    padding: float
+    """share of the tensors' cells"""
+
+
+def count_window(batches: Sequence[Batch]) -> Window:
+    """What all ranks' batches of this update hold; `learnt_tokens` is the update's num_items."""
+    mine = (
+        sum(int(batch.segment_ids.amax(dim=1).sum()) for batch in batches),
+        sum(int((batch.segment_ids > 0).sum()) for batch in batches),
+        sum(int(batch.completion_mask[:, 1:].sum()) for batch in batches),
+        sum(batch.input_ids.numel() for batch in batches),
+    )
+    examples, tokens, learnt, cells = (int(world.sum_over_world(count)) for count in mine)
+    return Window(examples, tokens, learnt, 1 - tokens / cells)
 
 
 def check_gradients(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:

@@ -31,9 +31,10 @@ class MetricsFile:
     def __init__(self, path: Path, resume_after: int | None = None, *, write: bool = True) -> None:
         """Start anew, or, resuming, keep only the lines up to step `resume_after`. write=False: do nothing."""
         self.path, self.writes = path, write
+        kept = [] if resume_after is None else [row for row in read_metrics(path) if row["step"] <= resume_after]
+        self.last: dict[str, Any] = kept[-1] if kept else {}
         if not write:
             return
-        kept = [] if resume_after is None else [row for row in read_metrics(path) if row["step"] <= resume_after]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """A run's folder, and whether an old one may be continued.
 
 runs/NAME/
-  config.json      the flags, and the environment: backend, threads, versions, hash of the data
+  config.json      the flags; the environment: backend, threads, versions, hash of the data; the recipe's warnings
   metrics.jsonl    one line a step
   checkpoints/     step-N, enough to resume to the same bits
   adapter/ | model/    the result, in PEFT's or transformers' format
@@ -20,6 +20,7 @@ import torch
 from kernels.dispatch import asked_backend
 
 from . import world
+from .metrics import read_metrics
 
 RESUMABLE = {"out", "resume", "save_every", "keep_checkpoints", "samples"}
 """Flags that may change between a run and its continuation: they do not touch a bit of the result."""
@@ -56,11 +57,19 @@ def check(out: Path, config: dict[str, Any], env: dict[str, Any], *, resume: boo
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
 
 
-def create(out: Path, config: dict[str, Any], env: dict[str, Any]) -> None:
+def create(out: Path, config: dict[str, Any], env: dict[str, Any], warnings: list[str]) -> None:
     """Make the folder and its config.json: once the data and the model are known to be good."""
+    world.wait_for_all()  # a rank that is still in `check` must not find this run and take it for an old one
     if world.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", {"config": config, "environment": env})
+        write_json(out / "config.json", {"config": config, "environment": env, "warnings": warnings})
+
+
+def last_row_if_finished(out: Path, total_steps: int) -> dict[str, Any] | None:
+    """The last row of metrics.jsonl, where that is of the last step and the result is saved."""
+    rows = read_metrics(out / "metrics.jsonl")
+    saved = (out / "adapter").is_dir() or (out / "model").is_dir()
+    return rows[-1] if saved and rows and rows[-1]["step"] == total_steps else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,21 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import Batch, collate, step_rows
+from data.batch import Batch, collate, collate_packed
 from data.dataset import Dataset, read_datasets
 from data.encode import Encoded, EncodedDataset, encode_dataset
 from data.formats import describe
+from data.order import DataOrder
 from data.schema import Schema, detect
 from data.sources import read_rows
-from lora import LinearNF4, add_adapter, count_parameters, trainable_parameters
+from lora import LinearNF4, add_adapter, count_parameters, load_adapter, trainable_parameters
+from lora.adapters import lora_layers
 from models import Decoder, Tokenizer, load_model, load_tokenizer
 from optim import decay_groups, learning_rate
 
 from . import run_folder, world
 from .checkpoint import all_checkpoints, load_checkpoint, save_checkpoint
 from .logprobs import per_token_nll
-from .loop import evaluate, split, train_step
+from .loop import count_window, evaluate, split, train_step
 from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes
+from .recipes import Recipe, warnings
 from .results import write_results
 from .sft_config import SFTConfig
 
@@ -73,7 +76,10 @@ class Trained:
 
 
 def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
-    """Train and write the run's folder. Raises ValueError or OSError for what a user got wrong."""
+    """Train and write the run's folder. Raises ValueError or OSError for what a user got wrong.
+
+    With resume, a run that is finished already is not trained again: its model and its last numbers come back.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     out = Path(config.out)
@@ -83,15 +89,20 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
 
     tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
     train_set = _encode(config, tokenizer, data)
+    order = _data_order(config, train_set)
+    window = config.batch_size * config.accumulation * world.world_size()
+    total_steps = config.max_steps or max(1, math.ceil(order.n_rows * config.epochs / window))
+    if config.resume and (last_row := run_folder.last_row_if_finished(out, total_steps)):
+        return _finished(config, tokenizer, last_row, quiet=quiet)
     eval_set = _encode(config, tokenizer, held_out) if held_out else None
     model = prepare_model(config)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.peak_rate)
 
-    window = config.batch_size * config.accumulation * world.world_size()
-    total_steps = config.max_steps or max(1, math.ceil(len(train_set.examples) * config.epochs / window))
+    recipe = _recipe(config, model, train_set, order, window, total_steps)
+    warned = warnings(recipe)
     if not config.resume:
-        run_folder.create(out, asdict(config), env)
+        run_folder.create(out, asdict(config), env, warned)
     done, speed = 0, Speed()
     if config.resume and (found := all_checkpoints(out / "checkpoints")):
         done, counters = load_checkpoint(found[-1], parameters, optimizer)
@@ -102,19 +113,27 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     progress.say(f"{config.model}, {config.method}: {trainable:,} of {total:,} parameters train, seed {config.seed}")
     progress.say(f"data: {data.schema.explanation}; {train_set.report}")
     progress.say(f"{describe(tokenizer)}; learnt: {config.learn}")
+    progress.say(
+        f"an epoch: {order}, {recipe.padding:.1%} padding; {recipe.examples_per_update:.3g} examples an update"
+    )
+    for line in warned:
+        progress.say(f"warning: {line}")
 
-    loss, eval_loss = math.nan, None
+    loss, eval_loss = metrics.last.get("loss", math.nan), metrics.last.get("eval_loss")
     model.train()
     try:
         for step in range(done, total_steps):
-            batches = _window(train_set, window, step, config, tokenizer.pad_id)
-            tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+            batches = _batches(train_set, order.step(window, step), config.batch_size, tokenizer.pad_id)
+            counts = count_window(batches)
             rate = _rate(config, step, total_steps)
-            with speed.measured(tokens):
-                loss, grad_norm = _update(model, batches, parameters, optimizer, rate, config.max_grad_norm)
+            with speed.measured(counts.tokens):
+                loss, grad_norm = _update(
+                    model, batches, counts.learnt_tokens, parameters, optimizer, rate, config.max_grad_norm
+                )
             now = step + 1
             row: dict[str, Any] = {"step": now, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-            row |= {"tokens": speed.tokens, "seconds": round(speed.seconds, 3)}
+            row |= {"examples": counts.examples, "learnt_tokens": counts.learnt_tokens}
+            row |= {"padding": round(counts.padding, 4), "tokens": speed.tokens, "seconds": round(speed.seconds, 3)}
             row |= {"tokens_per_second": round(speed.tokens_per_second, 1), "peak_memory_bytes": peak_memory_bytes()}
             last = now == total_steps
             if eval_set and (last or (config.eval_every and now % config.eval_every == 0)):
@@ -144,39 +163,94 @@ def read_dataset(source: str) -> tuple[list[dict[str, Any]], Schema]:
 
 def prepare_model(config: SFTConfig) -> Decoder:
     """The base model as the method wants it, with its adapter if it has one. Seeds torch for the start of A."""
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     torch.manual_seed(config.seed)
-    if config.method == "full":
-        model = load_model(config.model, dtype=torch.float32)
-        if any(isinstance(module, LinearNF4) for module in model.modules()):
-            raise ValueError(
-                f"{config.model} is in 4 bits, which method full cannot train: take qlora, or a dense model"
-            )
-        model.compute_dtype = dtype
-    else:
-        model = load_model(
-            config.model,
-            dtype=dtype,
-            quantize=config.quant_type if config.method == "qlora" else None,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-        )
+    model = _load(config, config.model)
+    if config.method != "full":
         add_adapter(model, config.lora())
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
 
 
-def _window(train_set: EncodedDataset, window: int, step: int, config: SFTConfig, pad_id: int) -> list[Batch]:
-    """This rank's micro-batches of optimizer step `step`."""
-    rows = world.my_rows(step_rows(len(train_set.examples), window, step, config.seed))
-    return [collate([train_set.examples[i] for i in part], pad_id=pad_id) for part in split(rows, config.batch_size)]
+def _load(config: SFTConfig, source: str | Path) -> Decoder:
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    if config.method == "full":
+        model = load_model(source, dtype=torch.float32)
+        if any(isinstance(module, LinearNF4) for module in model.modules()):
+            raise ValueError(f"{source} is in 4 bits, which method full cannot train: take qlora, or a dense model")
+        model.compute_dtype = dtype
+        return model
+    quantize = config.quant_type if config.method == "qlora" else None
+    return load_model(
+        source, dtype=dtype, quantize=quantize, blocksize=config.blocksize, double_quant=config.double_quant
+    )
+
+
+def _finished(config: SFTConfig, tokenizer: Tokenizer, last_row: dict[str, Any], *, quiet: bool) -> Trained:
+    """A run that needs no more training, as its folder has it."""
+    out, step, loss = Path(config.out), last_row["step"], last_row["loss"]
+    if config.method == "full":
+        model = _load(config, out / "model")
+    else:
+        model = _load(config, config.model)
+        load_adapter(model, out / "adapter", trainable=True)
+    progress = ProgressLine(step, step, quiet=quiet or not world.is_main())
+    progress.say(f"{out} is finished already: {step} steps, the last with loss {loss:.4f}; nothing was trained")
+    progress.close()
+    measured = (last_row[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes"))
+    return Trained(model, tokenizer, RunResult(config.out, step, loss, last_row.get("eval_loss"), *measured))
+
+
+def _data_order(config: SFTConfig, train_set: EncodedDataset) -> DataOrder:
+    return DataOrder(
+        [len(example.ids) for example in train_set.examples],
+        config.seed,
+        capacity=config.max_seq_length if config.packing else None,
+        group=config.batch_size * world.world_size() if config.group_by_length else None,
+    )
+
+
+def _recipe(
+    config: SFTConfig, model: Decoder, train_set: EncodedDataset, order: DataOrder, window: int, total_steps: int
+) -> Recipe:
+    report = train_set.report
+    return Recipe(
+        method=config.method,
+        learning_rate=config.peak_rate,
+        parameters=count_parameters(model)[1],
+        r=config.r,
+        scaling=config.lora().scaling(""),
+        use_rslora=config.use_rslora,
+        targets=frozenset(path.rpartition(".")[2] for path in lora_layers(model)),
+        rows=report.rows,
+        truncated=report.truncated,
+        dropped=report.dropped,
+        examples=len(train_set.examples),
+        longest=report.longest,
+        context=model.config.max_position_embeddings,
+        steps=total_steps,
+        warmup_ratio=config.warmup_ratio,
+        warmup_steps=_warmup_steps(config, total_steps),
+        examples_per_update=window * len(train_set.examples) / order.n_rows,
+        padding=order.padding(config.batch_size),
+        packing=config.packing,
+    )
+
+
+def _batches(train_set: EncodedDataset, rows: list[list[int]], batch_size: int, pad_id: int) -> list[Batch]:
+    """This rank's micro-batches of an update over `rows` of example numbers."""
+    examples = [[train_set.examples[i] for i in row] for row in world.my_rows(rows)]
+    return [collate_packed(part, pad_id=pad_id) for part in split(examples, batch_size)]
 
 
 def _update(
-    model: Decoder, batches: list[Batch], parameters: Any, optimizer: torch.optim.Optimizer, rate: float, clip: float
+    model: Decoder,
+    batches: list[Batch],
+    num_items: int,
+    parameters: Any,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    clip: float,
 ) -> tuple[float, float]:
-    num_items = int(world.sum_over_world(sum(int(batch.completion_mask[:, 1:].sum()) for batch in batches)))
-
     def loss_of(batch: Batch) -> Tensor:
         nll = per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
         return sft_loss(nll, batch.completion_mask, num_items)
@@ -185,10 +259,14 @@ def _update(
 
 
 def _rate(config: SFTConfig, step: int, total_steps: int) -> float:
-    warmup_steps = round(config.warmup_ratio * total_steps)
+    warmup = _warmup_steps(config, total_steps)
     return learning_rate(
-        step, total_steps=total_steps, peak=config.peak_rate, warmup_steps=warmup_steps, schedule=config.schedule
+        step, total_steps=total_steps, peak=config.peak_rate, warmup_steps=warmup, schedule=config.schedule
     )
+
+
+def _warmup_steps(config: SFTConfig, total_steps: int) -> int:
+    return round(config.warmup_ratio * total_steps)
 
 
 def evaluate_loss(model: Decoder, examples: list[Encoded], batch_size: int, pad_id: int) -> float:

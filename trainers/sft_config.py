@@ -72,6 +72,10 @@ class SFTConfig(DataFlags):
     """Clip the gradient's norm; 0 turns it off. The norm is logged as it was before clipping."""
     max_seq_length: int = 1024
     """Longer rows lose their end, and are counted."""
+    packing: bool = False
+    """Several examples in a row of up to max_seq_length tokens, blind to each other; batch_size counts packed rows."""
+    group_by_length: bool = False
+    """Rows of like length in one forward: less padding."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Frozen weights and activations. What is trained stays fp32."""
     gradient_checkpointing: bool = False
@@ -102,6 +106,7 @@ class SFTConfig(DataFlags):
         rate = self.learning_rate
         _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
         _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
+        _require(not (self.packing and self.group_by_length), "--packing leaves nothing for --group-by-length to do")
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         _require(self.learn in LEARN, f"--learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")

@@ -4,11 +4,14 @@ Under torchrun each rank sees its share of a global batch. Losses are divided by
 over all ranks, so gradients are summed, not averaged. Files are written by rank 0 only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+Row = TypeVar("Row")
 
 
 def world_size() -> int:
@@ -24,7 +27,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def my_rows(rows: list[int]) -> list[int]:
+def my_rows(rows: Sequence[Row]) -> Sequence[Row]:
     """This rank's share of a global batch: every world_size-th row."""
     return rows[rank() :: world_size()]
 
@@ -36,6 +39,12 @@ def sum_over_world(value: float, device: torch.device | str = "cpu") -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
+
+
+def wait_for_all() -> None:
+    """Until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

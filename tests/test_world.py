@@ -1,0 +1,121 @@
+"""trainers/world.py: two processes (gloo, CPU) train as one with the same window: loss, gradients, metrics, files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data import encode_dataset
+from lora import trainable_parameters
+from models import load_tokenizer
+from tests.small_base import write_base, write_rows
+from trainers import sft, world
+from trainers.loop import count_window, train_step
+from trainers.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+EPS = torch.finfo(torch.float32).eps
+START = "import sys; from tests.test_world import train_as_rank; train_as_rank(*sys.argv[1:])"
+
+
+ALONE = {"batch_size": 2, "accumulation": 4}
+AS_TWO = {"batch_size": 2, "accumulation": 2}
+WAYS = {"plain": {}, "packed": {"packing": True, "max_seq_length": 128}, "grouped": {"group_by_length": True}}
+# what two processes pad together, 4 rows, is then what one process pads together
+ALONE_GROUPED = {"batch_size": 4, "accumulation": 2}
+
+
+def config_for(folder: Path, name: str, changes: dict) -> sft.SFTConfig:
+    return sft.SFTConfig(
+        data=str(folder / "rows.jsonl"), out=str(folder / name), model=str(folder / "base"), method="lora", r=4,
+        max_steps=4, learning_rate=1e-3, samples=0, threads=1, **changes,
+    )  # fmt: skip
+
+
+def train_as_rank(folder: str, rank: str) -> None:
+    """Runs in a process of its own: for each way, a window's gradients into a file, then a whole run."""
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
+    for name, way in WAYS.items():
+        config = config_for(Path(folder), f"two-{name}", AS_TWO | way)
+        save_file(window_gradients(config), f"{folder}/{name}-{rank}.safetensors")
+        sft.train(config, quiet=True)
+    torch.distributed.destroy_process_group()
+
+
+def window_gradients(config: sft.SFTConfig) -> dict[str, torch.Tensor]:
+    """Of the first window, with B moved off zero: what the optimizer is given."""
+    rows, schema = sft.read_dataset(config.data)
+    tokenizer = load_tokenizer(config.model)
+    train_set = encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path="rows")
+    model = sft.prepare_model(config)
+    parameters = trainable_parameters(model)
+    with torch.no_grad():
+        for _, parameter in parameters:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    window = config.batch_size * config.accumulation * world.world_size()
+    batches = sft._batches(
+        train_set, sft._data_order(config, train_set).step(window, 0), config.batch_size, tokenizer.pad_id
+    )
+    num_items = count_window(batches).learnt_tokens
+
+    def loss_of(batch):
+        nll = sft.per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
+        return sft.sft_loss(nll, batch.completion_mask, num_items)
+
+    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=0.0)
+    loss, grad_norm = train_step(batches, loss_of, parameters, optimizer, learning_rate=0.0, max_grad_norm=0.0)
+    gradients = {name: parameter.grad for name, parameter in parameters}
+    return gradients | {"loss": torch.tensor(loss), "grad_norm": torch.tensor(grad_norm)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds base/, rows.jsonl, and what two processes made of them: two-NAME/ and NAME-RANK.safetensors."""
+    folder = tmp_path_factory.mktemp("world")
+    write_base(folder / "base")
+    write_rows(folder / "rows.jsonl")
+    arguments = [[sys.executable, "-c", START, str(folder), str(rank)] for rank in range(2)]
+    processes = [subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for words in arguments]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+def alone(folder: Path, name: str) -> sft.SFTConfig:
+    return config_for(folder, f"one-{name}", (ALONE_GROUPED if name == "grouped" else ALONE) | WAYS[name])
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_loss_and_gradients_of_a_window(folder: Path, name: str) -> None:
+    wanted = window_gradients(alone(folder, name))
+    for rank in range(2):
+        gradients = load_file(folder / f"{name}-{rank}.safetensors")
+        assert gradients.keys() == wanted.keys()
+        for key, gradient in gradients.items():
+            assert (gradient - wanted[key]).norm() <= 8 * EPS * wanted[key].norm(), key
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_metrics_and_files_of_a_run(folder: Path, name: str) -> None:
+    """Loss and gradient norm were measured to differ by at most one rounding in four updates."""
+    sft.train(alone(folder, name), quiet=True)
+    rows, wanted = (read_metrics(folder / f"{who}-{name}" / "metrics.jsonl") for who in ("two", "one"))
+    assert len(rows) == len(wanted) == 4
+    for row, other in zip(rows, wanted, strict=True):
+        assert row.keys() == other.keys()
+        for key in ("step", "learning_rate", "tokens", "learnt_tokens", "examples"):
+            assert row[key] == other[key]
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=4 * EPS)
+    saved = json.loads((folder / f"two-{name}" / "config.json").read_text())["environment"]
+    assert saved["world_size"] == 2
+    assert (folder / f"two-{name}" / "adapter" / "adapter_model.safetensors").is_file()
