@@ -3,6 +3,7 @@
 One file per operation. In this version the `reference` backend (plain PyTorch, any device) serves all of them.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import cpu as _cpu  # noqa: F401  # registers the C kernels
@@ -12,6 +13,9 @@ from .linear_cross_entropy import Head, linear_cross_entropy
 from .lora_matmul import LoRATerm, lora_matmul
 from .matmul import linear, matmul
 from .quantize import quantize
+
+if find_spec("triton") is not None:  # Linux only
+    from . import triton as _triton  # noqa: F401
 
 __all__ = [
     "Head",

@@ -1,0 +1,187 @@
+"""What compile_check compiles: each kernel with the arguments and options its launcher gives it, for one target."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .compile_check import Row, target_name
+from .sass import main_loop, parse, pipes
+from .triton import configs, dequantize, matmul, matmul_kernels
+from .triton.configs import Config
+from .triton.launch import EXACT, levels_of
+from .triton.lookup import scaled_asm, words_asm
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+K = 4096
+WEIGHT = {
+    "packed": "*u8",
+    "code": "*fp32",
+    "absmax": "*u8",
+    "absmax_code": "*fp32",
+    "absmax2": "*fp32",
+    "absmax_offset": "*fp32",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, the types of its arguments, its constants, and how many weights a thread looks up in an iteration."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    config: Config | str
+    num_warps: int = 4
+    num_stages: int = 1
+    weights: float | None = None
+    """None: no count (a kernel without weights to look up)"""
+    not_divisible: tuple[str, ...] = field(default=("M",))
+    """integer arguments that may be no multiple of 16; pointers always are"""
+
+    def compile(self, target: int) -> Row:
+        """Raises nothing: a compiler's error is the row's status."""
+        name = f"{self.name}", str(self.config)
+        try:
+            compiled = triton.compile(
+                self._source(),
+                target=GPUTarget("hip", "gfx942", 64) if target == 942 else GPUTarget("cuda", target, 32),
+                options={"num_warps": self.num_warps, "num_stages": self.num_stages, **EXACT},
+            )
+        except Exception as error:  # noqa: BLE001  the compiler raises many kinds, and each is a result here
+            return Row(target_name(target), *name, f"not compiled: {str(error).strip().splitlines()[-1][:100]}")
+        read = self._read_amd if target == 942 else self._read_nvidia
+        return Row(target_name(target), *name, "ok", shared=compiled.metadata.shared, **read(compiled.asm))
+
+    def _source(self) -> ASTSource:
+        names = self.kernel.arg_names
+        signature = {name: self.signature.get(name, "constexpr") for name in names}
+        aligned = [n for n, kind in self.signature.items() if kind != "fp32" and n not in self.not_divisible]
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        return ASTSource(self.kernel, signature, {(names.index(n),): v for n, v in self.constants.items()}, attributes)
+
+    def _read_nvidia(self, asm: dict[str, Any]) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(asm["cubin"])
+            usage = _tool("cuobjdump", "-res-usage", cubin)
+            text = _tool("nvdisasm", "-c", cubin)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        everything = parse(text)[0]
+        loop = main_loop(text, "PRMT")
+        by_pipe = pipes(loop)
+        per = self.weights or 1
+        return {
+            "registers": int(found.group(1)),
+            "stack": int(found.group(2)),
+            "spills": sum(i.base in ("LDL", "STL") for i in everything),
+            "tensor": sum(i.pipe == "tensor" for i in everything),
+            "per_weight": round(len(loop) / per, 3) if self.weights else None,
+            "pipes": " ".join(f"{pipe} {n / per:.2f}" for pipe, n in by_pipe.most_common()) if self.weights else "",
+        }
+
+    def _read_amd(self, asm: dict[str, Any]) -> dict[str, Any]:
+        text = asm["amdgcn"]
+
+        def number(key: str) -> int:
+            found = re.search(rf"\.{key}:\s+(\d+)", text)
+            return int(found.group(1)) if found else 0
+
+        return {
+            "registers": number("vgpr_count"),
+            "stack": number("private_segment_fixed_size"),
+            "spills": number("vgpr_spill_count"),
+            "tensor": len(re.findall(r"^\s*v_mfma", text, re.MULTILINE)),
+        }
+
+
+def _tool(name: str, *arguments: object) -> str:
+    return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def cases(target: int, only: str = "") -> Iterator[Case]:
+    """Every kernel that a GPU of this kind could be given, whose name starts with `only`."""
+    every = [*_dequantize(target), *_products(target)]
+    return (case for case in every if case.name.startswith(only))
+
+
+def _dequantize(target: int) -> Iterator[Case]:
+    dtype, name = (torch.float16, "fp16") if target == 75 else (torch.bfloat16, "bf16")
+    if target != 942:
+        yield Case(
+            "dequantize words",
+            dequantize.words_kernel,
+            {n: t for n, t in WEIGHT.items() if n not in ("packed", "code")}
+            | {"packed": "*u32", "out": "*u32", "n_groups": "i32"},
+            {
+                "BLOCKSIZE": 64,
+                "DOUBLE": True,
+                "GROUPS": dequantize.GROUPS,
+                "ASM": words_asm(levels_of("nf4"), dtype, target),
+            },
+            f"{name} out",
+            weights=dequantize.GROUPS * dequantize.GROUP / 128,
+            not_divisible=("n_groups",),
+        )
+    for out in (name, "fp32"):
+        yield Case(
+            "dequantize gather",
+            dequantize.gather_kernel,
+            WEIGHT | {"out": f"*{out}", "n": "i32"},
+            {"BLOCKSIZE": 64, "DOUBLE": True, "ROWS": dequantize.GATHERED // 64},
+            f"{out} out",
+            weights=dequantize.GATHERED / 128,
+            not_divisible=(),
+        )
+
+
+def _products(target: int) -> Iterator[Case]:
+    family = "amd" if target == 942 else configs.family(target)
+    if family is None:
+        return
+    for config in configs.FORWARD[family]:
+        yield _product("forward", config, target)
+        yield _product("forward lora", config, target)
+    yield _product("decode", configs.FORWARD[family][0], target)
+    for config in configs.BACKWARD[family]:
+        yield _product("backward", config, target)
+        yield _product("backward lora", config, target)
+    yield _product("forward exact", configs.EXACT_FP32, target)
+
+
+def _product(name: str, config: Config, target: int) -> Case:
+    backward = name.startswith("backward")
+    kind = "fp32" if name.endswith("exact") else "bf16"
+    pointers = ("dy", "low", "up", "dx") if backward else ("x", "low", "up", "bias", "y")
+    constants = {
+        "K": K,
+        "BLOCKSIZE": 64,
+        "DOUBLE": True,
+        "HAS_LORA": name.endswith("lora"),
+        "SPLIT": 4 if name == "decode" else 1,
+        "BM": config.BM,
+        "BN": config.BN,
+        "BK": config.BK,
+        "GROUP": matmul.GROUP,
+        "ASM": None if target == 942 or kind == "fp32" else scaled_asm(levels_of("nf4"), torch.bfloat16),
+    }
+    return Case(
+        name,
+        matmul_kernels.backward_kernel if backward else matmul_kernels.forward_kernel,
+        WEIGHT | dict.fromkeys(pointers, f"*{kind}") | dict.fromkeys(("M", "N", "rank"), "i32"),
+        constants if backward else constants | {"HAS_BIAS": True},
+        config,
+        config.num_warps,
+        config.num_stages,
+        None if kind == "fp32" else config.BN * config.BK / (32 * config.num_warps),
+    )

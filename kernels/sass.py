@@ -1,0 +1,85 @@
+"""Reading NVIDIA machine code (SASS, as nvdisasm prints it): the main loop of a kernel and what it is made of."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*([^;]*);"
+)
+_LABEL = re.compile(r"^(\.L_x?_?\d+):")
+_PIPES = {
+    "tensor": r"HMMA|IMMA|QMMA|OMMA|HGMMA|UTC.*MMA|DMMA",
+    "shuffle": r"SHFL",
+    "shared": r"LDS|LDSM|STS|STSM|ULDS",
+    "global": r"LDG|LDGSTS|LD|LDC|LDCU|ULDC|STG|ST|RED|ATOM|UBLKCP",
+    "local": r"LDL|STL",
+    "fma": r"FFMA|FMUL|FADD|HFMA2|HMUL2|HADD2|IMAD|FFMA2|FMUL2|FADD2",
+    "convert": r"F2FP|F2F|I2F|F2I|I2FP|FRND",
+    "uniform": r"U[A-Z0-9]+|R2UR|S2UR",
+    "control": r"BRA|EXIT|CALL|RET|BSSY|BSYNC|BAR|DEPBAR|LDGDEPBAR|WARPSYNC|MEMBAR|FENCE|SYNCS|WARPGROUP",
+}
+_PIPE_OF = {pipe: re.compile(rf"(?:{pattern})$") for pipe, pattern in _PIPES.items()}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str
+    arguments: str
+
+    @property
+    def base(self) -> str:
+        """The name without its modifiers: HMMA of HMMA.16816.F32.BF16."""
+        return self.name.split(".")[0]
+
+    @property
+    def pipe(self) -> str:
+        """Which unit of the processor it occupies; "alu" for what no other pattern takes."""
+        return next((pipe for pipe, pattern in _PIPE_OF.items() if pattern.match(self.base)), "alu")
+
+
+def parse(text: str) -> list[list[Instruction]]:
+    """[the instructions] and the loops among them: `parse(text)[0]` is all, the rest one list a backward branch."""
+    instructions, labels, pending = [], {}, []
+    for line in text.splitlines():
+        label = _LABEL.match(line.strip())
+        if label:
+            pending.append(label.group(1))
+        found = _INSTRUCTION.match(line)
+        if found:
+            address = int(found.group(1), 16)
+            labels.update(dict.fromkeys(pending, address))
+            pending = []
+            instructions.append(Instruction(address, found.group(2), found.group(3)))
+    spans = sorted({(_target(i, labels), i.address) for i in instructions if i.base == "BRA"})
+    loops = [
+        [i for i in instructions if start <= i.address <= end] for start, end in spans if start is not None and start < end
+    ]
+    return [instructions, *loops]
+
+
+def _target(branch: Instruction, labels: dict[str, int]) -> int:
+    """Where a branch goes; past everything if that cannot be read."""
+    by_label = re.search(r"`\((\.L[_x0-9]+)\)", branch.arguments)
+    if by_label:
+        return labels.get(by_label.group(1), 1 << 60)
+    by_address = re.search(r"0x([0-9a-f]+)", branch.arguments)
+    return int(by_address.group(1), 16) if by_address else 1 << 60
+
+
+def main_loop(text: str, marker: str) -> list[Instruction]:
+    """The shortest loop among those that hold the most `marker` instructions; everything where there is no loop."""
+    everything, *loops = parse(text)
+    candidates = [loop for loop in loops if count(loop, marker)] or [everything]
+    kept = max(candidates, key=lambda loop: (count(loop, marker), -len(loop)))
+    return [i for i in kept if i.base != "NOP"]
+
+
+def count(instructions: list[Instruction], base: str) -> int:
+    return sum(i.base == base for i in instructions)
+
+
+def pipes(instructions: list[Instruction]) -> Counter[str]:
+    """How many instructions each unit gets."""
+    return Counter(i.pipe for i in instructions)
