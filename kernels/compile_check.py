@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(render(rows)))
     if options.csv:
         write_csv(rows, options.csv)
-    return int(any(row.spills or not row.status.startswith("ok") for row in rows if not row.kernel.startswith("bitsandbytes")))
+    return int(
+        any(row.spills or not row.status.startswith("ok") for row in rows if not row.kernel.startswith("bitsandbytes"))
+    )
 
 
 def check(target: int, only: str = "") -> list[Row]:

@@ -40,7 +40,7 @@ class Instruction:
 
 
 def parse(text: str) -> list[list[Instruction]]:
-    """[the instructions] and the loops among them: `parse(text)[0]` is all, the rest one list a backward branch."""
+    """All instructions first, then what lies between a backward branch and its target, a list each."""
     instructions, labels, pending = [], {}, []
     for line in text.splitlines():
         label = _LABEL.match(line.strip())
@@ -54,7 +54,9 @@ def parse(text: str) -> list[list[Instruction]]:
             instructions.append(Instruction(address, found.group(2), found.group(3)))
     spans = sorted({(_target(i, labels), i.address) for i in instructions if i.base == "BRA"})
     loops = [
-        [i for i in instructions if start <= i.address <= end] for start, end in spans if start is not None and start < end
+        [i for i in instructions if start <= i.address <= end]
+        for start, end in spans
+        if start is not None and start < end
     ]
     return [instructions, *loops]
 
@@ -69,11 +71,14 @@ def _target(branch: Instruction, labels: dict[str, int]) -> int:
 
 
 def main_loop(text: str, marker: str) -> list[Instruction]:
-    """The shortest loop among those that hold the most `marker` instructions; everything where there is no loop."""
+    """The shortest loop that holds a fair part of the `marker` instructions; everything where there is no loop.
+
+    A part: the rest may lie in iterations peeled off, or in a span that is no loop but a jump back from cold code.
+    """
     everything, *loops = parse(text)
-    candidates = [loop for loop in loops if count(loop, marker)] or [everything]
-    kept = max(candidates, key=lambda loop: (count(loop, marker), -len(loop)))
-    return [i for i in kept if i.base != "NOP"]
+    part = 0.4 * max((count(loop, marker) for loop in loops), default=0)
+    candidates = [loop for loop in loops if count(loop, marker) >= part > 0] or [everything]
+    return [i for i in min(candidates, key=len) if i.base != "NOP"]
 
 
 def count(instructions: list[Instruction], base: str) -> int:

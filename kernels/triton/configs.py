@@ -46,7 +46,7 @@ BACKWARD = {
     "amd": (Config(16, 64, num_stages=1), Config(64, 64, num_stages=1)),
 }
 INTERPRETED = Config(16, 32, 32)
-EXACT_FP32 = Config(16, 64, num_stages=2)
+EXACT_FP32 = Config(16, 32, 32, num_stages=2)
 """fp32 activations: no tensor cores, the exact lookup. A check, not the product."""
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 942: 64}

@@ -64,4 +64,3 @@ def weight_arguments(q: QuantizedTensor) -> tuple[Tensor, ...]:
     parts = q.tensors()
     names = ("packed", "code", "absmax_8bit", "absmax_code", "absmax2", "absmax_offset")
     return tuple(parts[name] for name in names)
-

@@ -10,8 +10,8 @@ gather   fp32 code · fp32 absmax, one rounding to the output dtype: quant.dequa
 words    the same bits, cheaper, where a thread holds 16 bytes of one block: it rounds the 16 products code · absmax
          first, and looks those up (32 instructions for 32 weights). Only dequantize reads the weight in that order.
 scaled   for matrix products: codes rounded to fp16 or bf16, absmax rounded too, their product rounded again. Three
-         roundings where gather has one: relative error at most 3 · 2⁻⁹ a weight in bf16 (2⁻⁹ for gather), 3 · 2⁻¹² in
-         fp16, and unbiased by any of them beyond the code's own.
+         roundings where gather has one: a relative error of at most 3 · 2⁻⁸ a weight in bf16 and 3 · 2⁻¹¹ in fp16
+         (2⁻⁸ and 2⁻¹¹ for gather), as long as weights and scales are no subnormals.
 
 The last two are PTX around PRMT, which picks 4 bytes of 8 by the low nibbles of a selector. The packed codes are the
 selectors: bits 0 to 2 of a nibble pick one of 8 table bytes, bit 3 the half of the table, and a 16-bit level is
@@ -94,11 +94,13 @@ def scaled_tile(packed, scale, code, dtype: tl.constexpr, ASM: tl.constexpr):
     ASM is the text of `scaled_asm`, or None for the exact gather.
     """
     if ASM is None:
-        return rounded(gather_codes(packed, code) * scale[:, None], dtype)
-    words = tl.inline_asm_elementwise(
-        ASM, four_registers, [packed, scale.to(dtype)[:, None]], dtype=tl.uint32, is_pure=True, pack=4
-    )
-    return halves(words, dtype)
+        tile = rounded(gather_codes(packed, code) * scale[:, None], dtype)
+    else:
+        words = tl.inline_asm_elementwise(
+            ASM, four_registers, [packed, scale.to(dtype)[:, None]], dtype=tl.uint32, is_pure=True, pack=4
+        )
+        tile = halves(words, dtype)
+    return tile
 
 
 @lru_cache

@@ -71,7 +71,9 @@ def backward(dy: Tensor, q: QuantizedTensor, lora: Low | None) -> Tensor:
     return _run("backward", rows, q, fused, composed).view(*dy.shape[:-1], q.shape[1])
 
 
-def _run(direction: str, rows: Tensor, q: QuantizedTensor, fused: autotune.Fused, composed: autotune.Composed) -> Tensor:
+def _run(
+    direction: str, rows: Tensor, q: QuantizedTensor, fused: autotune.Fused, composed: autotune.Composed
+) -> Tensor:
     reason = why_unserved(q, rows.dtype, rows.device)
     if reason is not None:
         _say_once(f"dequantize + torch.matmul for a weight {q.shape}: {reason}")
