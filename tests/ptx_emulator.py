@@ -74,8 +74,7 @@ def _fma_bf16x2(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     # a product of two bf16 is exact in fp32, and c is -0 in the texts, so that adding it is exact too
     assert (c == 0x80008000).all()
     low, high = (
-        bf16_bits(_bf16(x) * _bf16(y) + _bf16(z))
-        for x, y, z in zip(_halves(a), _halves(b), _halves(c), strict=True)
+        bf16_bits(_bf16(x) * _bf16(y) + _bf16(z)) for x, y, z in zip(_halves(a), _halves(b), _halves(c), strict=True)
     )
     return low | (high << np.uint32(16))
 

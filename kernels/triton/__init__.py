@@ -12,6 +12,6 @@
 They run on GPU tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
 """
 
-from . import dequantize, lora_matmul, matmul, quantize
+from . import dequantize, linear_cross_entropy, lora_matmul, matmul, quantize
 
-__all__ = ["dequantize", "lora_matmul", "matmul", "quantize"]
+__all__ = ["dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "quantize"]

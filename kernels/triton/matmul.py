@@ -92,10 +92,13 @@ def why_unserved(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -
         return f"K = {q.shape[1]} is not a multiple of the block size, {q.blocksize}"
     if dtype not in FLOATS:
         return f"activations are {dtype}"
+    return why_no_tensor_cores(device)
+
+
+def why_no_tensor_cores(device: torch.device) -> str | None:
+    """The reason, or None where Triton's dot uses them (and in the interpreter)."""
     sm = capability(device)
-    if sm is not None and configs.family(sm) is None:
-        return f"sm_{sm} has no tensor cores that Triton can use"
-    return None
+    return f"sm_{sm} has no tensor cores that Triton can use" if sm is not None and configs.family(sm) is None else None
 
 
 def candidates_for(direction: str, dtype: torch.dtype, device: torch.device, rows: int) -> list[Config]:
