@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from .compile_check import Row, target_name
 from .sass import main_loop, parse, pipes
-from .triton import configs, dequantize, matmul, matmul_kernels
+from .triton import configs, dequantize, linear_cross_entropy, matmul, matmul_kernels, quantize
 from .triton.configs import Config
 from .triton.launch import EXACT, levels_of
 from .triton.lookup import scaled_asm, words_asm
@@ -57,7 +57,7 @@ class Case:
                 target=GPUTarget("hip", "gfx942", 64) if target == 942 else GPUTarget("cuda", target, 32),
                 options={"num_warps": self.num_warps, "num_stages": self.num_stages, **EXACT},
             )
-        except Exception as error:  # noqa: BLE001  the compiler raises many kinds, and each is a result here
+        except Exception as error:  # the compiler raises many kinds, and each is a result here
             return Row(target_name(target), *name, f"not compiled: {str(error).strip().splitlines()[-1][:100]}")
         read = self._read_amd if target == 942 else self._read_nvidia
         return Row(target_name(target), *name, "ok", shared=compiled.metadata.shared, **read(compiled.asm))
@@ -110,9 +110,9 @@ def _tool(name: str, *arguments: object) -> str:
 
 
 def cases(target: int, only: str = "") -> Iterator[Case]:
-    """Every kernel that a GPU of this kind could be given, whose name starts with `only`."""
-    every = [*_dequantize(target), *_products(target)]
-    return (case for case in every if case.name.startswith(only))
+    """Every kernel that a GPU of this kind could be given, in whose name and tile `only` is found."""
+    every = [*_dequantize(target), *_quantize(target), *_products(target), *_cross_entropy(target)]
+    return (case for case in every if re.search(only, f"{case.name} {case.config}"))
 
 
 def _dequantize(target: int) -> Iterator[Case]:
@@ -145,6 +145,47 @@ def _dequantize(target: int) -> Iterator[Case]:
         )
 
 
+def _quantize(target: int) -> Iterator[Case]:
+    pointers = {"weight": "*fp16" if target == 75 else "*bf16", "midpoints": "*fp32", "indices": "*i32"}
+    yield Case(
+        "quantize",
+        quantize.quantize_kernel,
+        pointers | {"packed": "*u8", "absmax": "*fp32", "n": "i32"},
+        {"BLOCKSIZE": 64, "ROWS": quantize.WEIGHTS // 64},
+        "blocks of 64",
+        not_divisible=(),
+    )
+
+
+def _cross_entropy(target: int) -> Iterator[Case]:
+    """Forward and dz, dense and 4-bit head. None where a GPU's tensor cores cannot be used: the reference runs it."""
+    if target == 75:
+        return
+    shape = linear_cross_entropy.TILE | ({"num_stages": 1} if target == 942 else {})
+    statistics = {
+        "forward": {"largest": "*fp32", "total": "*fp32", "at_target": "*fp32", "part_size": "i32"},
+        "dz": {"largest": "*fp32", "log_total": "*fp32", "dnll": "*fp32", "dz": "*bf16"},
+    }
+    for name, extra in statistics.items():
+        for quantized in (False, True):
+            weight = {("weight" if n == "packed" else n): t for n, t in WEIGHT.items()}
+            asm = scaled_asm(levels_of("nf4"), torch.bfloat16) if quantized and target != 942 else None
+            yield Case(
+                f"cross-entropy {name}",
+                linear_cross_entropy.forward_kernel if name == "forward" else linear_cross_entropy.dz_kernel,
+                weight
+                | {"x": "*bf16", "targets": "*i64", "over_temperature": "fp32", "M": "i32", "V": "i32"}
+                | ({} if quantized else {"weight": "*bf16"})
+                | extra,
+                {"D": K, "BLOCKSIZE": 64, "DOUBLE": quantized, "QUANTIZED": quantized, "ASM": asm}
+                | {name: shape[name] for name in ("BM", "BV", "BK")},
+                "4-bit head" if quantized else "dense head",
+                shape["num_warps"],
+                shape["num_stages"],
+                shape["BV"] * shape["BK"] / (32 * shape["num_warps"]) if quantized else None,
+            )
+
+
 def _products(target: int) -> Iterator[Case]:
     family = "amd" if target == 942 else configs.family(target)
     if family is None:
@@ -157,6 +198,13 @@ def _products(target: int) -> Iterator[Case]:
         yield _product("backward", config, target)
         yield _product("backward lora", config, target)
     yield _product("forward exact", configs.EXACT_FP32, target)
+    yield Case(
+        "reduce",
+        matmul_kernels.reduce_kernel,
+        {"parts": "*fp32", "bias": "*bf16", "y": "*bf16", "M": "i32", "N": "i32"},
+        {"HAS_BIAS": True, "SPLIT": 4, "BLOCK": matmul.REDUCE_BLOCK},
+        "4 parts",
+    )
 
 
 def _product(name: str, config: Config, target: int) -> Case:

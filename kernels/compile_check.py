@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print the table, and write it as CSV if asked. 1 when a kernel crashed its compiler or spills."""
     parser = argparse.ArgumentParser(prog="qlora bench compile", description=NOTE)
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--only", default="", help="kernels whose name starts with this")
+    parser.add_argument("--only", default="", help="a regular expression: kernels whose name and tile it is found in")
     parser.add_argument("--csv", type=Path, help="write the rows there too")
     parser.add_argument("--no-peer", action="store_true", help="leave bitsandbytes out")
     parser.add_argument("--worker", type=int, metavar="FIRST", help=argparse.SUPPRESS)

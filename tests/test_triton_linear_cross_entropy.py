@@ -12,7 +12,8 @@ from kernels import Head, LoRATerm, use_backend
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytest.importorskip("triton", reason="Linux only")
-from kernels.triton import launch, linear_cross_entropy as fused  # noqa: E402
+from kernels.triton import launch
+from kernels.triton import linear_cross_entropy as fused
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="these run in the interpreter; tests/gpu on a GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ from kernels import LoRATerm, use_backend
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytest.importorskip("triton", reason="Linux only")
-from kernels.triton import configs, launch, matmul  # noqa: E402
+from kernels.triton import configs, launch, matmul
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="these run in the interpreter; tests/gpu on a GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

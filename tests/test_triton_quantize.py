@@ -11,7 +11,7 @@ from kernels import use_backend
 from quant.codebook import codebook
 
 pytest.importorskip("triton", reason="Linux only")
-from kernels.triton import launch  # noqa: E402
+from kernels.triton import launch
 
 pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="these run in the interpreter; tests/gpu on a GPU")
 TYPES = ["nf4", "fp4", "int4"]

@@ -1,8 +1,8 @@
-"""Tile shapes for each generation of GPU: what autotune may choose from, and what compile_check compiles.
+"""Tile shapes for each generation of GPU: what autotune chooses from, and what compile_check compiles.
 
-mma      sm_80, 86, 89, 120: tensor cores read the weight from registers, straight after the lookup. Warps are laid along
+mma      sm_80, 86, 89, 120: tensor cores read the weight from registers, straight after the lookup. Warps lie along
          N while BM ≤ 64; above, rows of warps would each look up the same weights, so BM stops at 64.
-wgmma    sm_90: the weight goes through shared memory, looked up once; a tile has 64 rows or more, and BM = 16 takes mma.
+wgmma    sm_90: the weight goes through shared memory, looked up once; tiles have 64 rows or more; BM = 16 takes mma.
 tcgen05  sm_100: as wgmma.
 amd      gfx942: the exact gather.
 

@@ -29,6 +29,8 @@ from . import matmul
 from .launch import EXACT, FLOATS, capability, check_device, interpreted, scaled_lookup, weight_arguments
 from .lookup import add_product, block_scales, rounded, scaled_tile
 
+TILE = {"BM": 64, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
+
 
 @triton.jit
 def _logits(
@@ -231,4 +233,4 @@ def tile(hidden: Tensor, blocksize: int) -> dict[str, int]:
     if hidden.dtype == torch.float32:
         return {"BM": 16, "BV": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
     stages = 1 if capability(hidden.device) is None else 3
-    return {"BM": 64, "BV": 128, "BK": min(64, blocksize), "num_warps": 4, "num_stages": stages}
+    return TILE | {"BK": min(64, blocksize), "num_stages": stages}

@@ -149,7 +149,7 @@ def _tables(levels: Levels, dtype: torch.dtype) -> list[str]:
 
 
 def _selectors(codes: str) -> list[str]:
-    """s: each nibble's index in half a table. w: for byte i, i or 4 + i by the nibble's high bit. s1, w1: bytes 2, 3."""
+    """s: each nibble's index in half a table. w: byte i or 4 + i, by the nibble's high bit. s1, w1: bytes 2, 3."""
     return [
         f"and.b32 s0, {codes}, 0x77777777;",
         "shr.b32 s1, s0, 16;",

@@ -64,14 +64,14 @@ class _LoRAMatmul(torch.autograd.Function):
     ) -> Tensor:
         As, Bs, inputs = tensors[0::3], tensors[1::3], tensors[2::3]
         S = [s * (_rows(x_i) @ A.to(x.dtype).T) for s, A, x_i in zip(scalings, As, inputs, strict=True)]
-        ctx.save_for_backward(x, *tensors, *S)
+        ctx.save_for_backward(*tensors, *S)
         ctx.q, ctx.scalings, ctx.own_x = q, scalings, own_x
         ctx.bias_dtype = None if bias is None else bias.dtype
         return forward(x, q, bias, _side_by_side(S, [B.to(x.dtype) for B in Bs], 1))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, *tensors = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         n = len(ctx.scalings)
         tensors, S = tensors[: 3 * n], tensors[3 * n :]
         As, Bs, inputs = tensors[0::3], tensors[1::3], tensors[2::3]

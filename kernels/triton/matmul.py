@@ -23,6 +23,7 @@ from .launch import EXACT, FLOATS, capability, check_device, interpreted, scaled
 from .matmul_kernels import backward_kernel, forward_kernel, reduce_kernel
 
 log = logging.getLogger(__name__)
+REDUCE_BLOCK = 1024  # sums to a program of reduce_kernel
 GROUP = 8  # tiles of rows that use a weight tile one after the other
 Low = tuple[Tensor, Tensor]
 """The LoRA terms of a product, side by side: low (M, r) and up, (N, r) in forward and (r, K) in backward."""
@@ -111,7 +112,7 @@ def candidates_for(direction: str, dtype: torch.dtype, device: torch.device, row
     family = "amd" if sm is None else configs.family(sm)
     table = configs.FORWARD if direction == "forward" else configs.BACKWARD
     every = table[family or "mma"]
-    return [c for c in every if c.BM < 2 * rows or c.BM == every[0].BM]
+    return [c for c in every if 2 * rows > c.BM or c.BM == every[0].BM]
 
 
 def launch_forward(x: Tensor, q: QuantizedTensor, bias: Tensor | None, lora: Low | None, config: Config) -> Tensor:
@@ -180,10 +181,9 @@ def _options(q: QuantizedTensor, x: Tensor, lora: Low | None, split: int, config
 
 
 def _reduce(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    block = 1024
     split, M, N = parts.shape
-    reduce_kernel[(triton.cdiv(M * N, block),)](
-        parts, parts if bias is None else bias, out, M, N, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=block
+    reduce_kernel[(triton.cdiv(M * N, REDUCE_BLOCK),)](
+        parts, parts if bias is None else bias, out, M, N, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=REDUCE_BLOCK
     )
     return out
 
