@@ -73,8 +73,8 @@ class Case:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(asm["cubin"])
-            usage = _tool("cuobjdump", "-res-usage", cubin)
-            text = _tool("nvdisasm", "-c", cubin)
+            usage = tool("cuobjdump", "-res-usage", cubin)
+            text = tool("nvdisasm", "-c", cubin)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found, usage
         everything = parse(text)[0]
@@ -105,8 +105,10 @@ class Case:
         }
 
 
-def _tool(name: str, *arguments: object) -> str:
-    return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+def tool(name: str, *arguments: object, folder: str | None = None) -> str:
+    """What one of the programs in Triton's wheel prints, run in `folder`."""
+    command = [TOOLS / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def cases(target: int, only: str = "") -> Iterator[Case]:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 _INSTRUCTION = re.compile(
-    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*([^;]*);"
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)\s*([^;]*);"
 )
 _LABEL = re.compile(r"^(\.L_x?_?\d+):")
 _PIPES = {
@@ -26,7 +26,9 @@ _PIPE_OF = {pipe: re.compile(rf"(?:{pattern})$") for pipe, pattern in _PIPES.ite
 class Instruction:
     address: int
     name: str
-    arguments: str
+    target: int | None = None
+    """where a branch goes"""
+    conditional: bool = False
 
     @property
     def base(self) -> str:
@@ -41,33 +43,31 @@ class Instruction:
 
 def parse(text: str) -> list[list[Instruction]]:
     """All instructions first, then what lies between a backward branch and its target, a list each."""
-    instructions, labels, pending = [], {}, []
+    lines, labels, pending = [], {}, []
     for line in text.splitlines():
         label = _LABEL.match(line.strip())
+        found = _INSTRUCTION.match(line)
         if label:
             pending.append(label.group(1))
-        found = _INSTRUCTION.match(line)
-        if found:
+        elif found:
             address = int(found.group(1), 16)
             labels.update(dict.fromkeys(pending, address))
             pending = []
-            instructions.append(Instruction(address, found.group(2), found.group(3)))
-    spans = sorted({(_target(i, labels), i.address) for i in instructions if i.base == "BRA"})
-    loops = [
-        [i for i in instructions if start <= i.address <= end]
-        for start, end in spans
-        if start is not None and start < end
+            lines.append((address, found.group(3), found.group(4), bool(found.group(2))))
+    instructions = [
+        Instruction(address, name, _target(arguments, labels) if name.startswith("BRA") else None, guarded)
+        for address, name, arguments, guarded in lines
     ]
-    return [instructions, *loops]
+    spans = sorted({(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address})
+    return [instructions, *([i for i in instructions if start <= i.address <= end] for start, end in spans)]
 
 
-def _target(branch: Instruction, labels: dict[str, int]) -> int:
-    """Where a branch goes; past everything if that cannot be read."""
-    by_label = re.search(r"`\((\.L[_x0-9]+)\)", branch.arguments)
+def _target(arguments: str, labels: dict[str, int]) -> int | None:
+    by_label = re.search(r"`\((\.L[_x0-9]+)\)", arguments)
     if by_label:
-        return labels.get(by_label.group(1), 1 << 60)
-    by_address = re.search(r"0x([0-9a-f]+)", branch.arguments)
-    return int(by_address.group(1), 16) if by_address else 1 << 60
+        return labels.get(by_label.group(1))
+    by_address = re.search(r"0x([0-9a-f]+)", arguments)
+    return int(by_address.group(1), 16) if by_address else None
 
 
 def main_loop(text: str, marker: str) -> list[Instruction]:
@@ -79,6 +79,23 @@ def main_loop(text: str, marker: str) -> list[Instruction]:
     part = 0.4 * max((count(loop, marker) for loop in loops), default=0)
     candidates = [loop for loop in loops if count(loop, marker) >= part > 0] or [everything]
     return [i for i in min(candidates, key=len) if i.base != "NOP"]
+
+
+def walk(text: str, marker: str) -> list[Instruction]:
+    """The main loop as a warp goes through it whose lanes stay together.
+
+    A branch to code for lanes apart (BRA.DIV), and any conditional one, falls through; an unconditional one forward
+    is followed. So paths that main_loop holds and such a warp never takes are left out.
+    """
+    loop = main_loop(text, marker)
+    passed, skip_to = [], 0
+    for here in loop:
+        if here.address < skip_to:
+            continue
+        passed.append(here)
+        if here.name == "BRA" and not here.conditional and here.target is not None and here.target > here.address:
+            skip_to = here.target
+    return passed
 
 
 def count(instructions: list[Instruction], base: str) -> int:
