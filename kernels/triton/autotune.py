@@ -5,13 +5,14 @@ reads 2 bytes a weight more and then runs at cuBLAS's speed. So there is a numbe
 and it differs by GPU and shape. Nothing is assumed: both are timed at the first call of a shape.
 
 The key of a measurement: GPU, direction, rows rounded up to a power of two, N, K, dtype, block size, levels of scales.
-`table()` lists them; QLORA_AUTOTUNE=0 takes the first candidate that fits, without timing, as do the interpreter and a
-call inside a CUDA graph capture.
+`table()` lists them. Where nothing was measured yet and nothing may be (QLORA_AUTOTUNE=0, the interpreter, the capture
+of a CUDA graph) the lowest tile that holds all rows runs.
 """
 
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,11 +41,11 @@ def run(
     composed: Composed,
 ) -> Tensor:
     """The product by the fastest candidate, timing them all if this key is new."""
-    if not _may_time(rows):
-        return fused(default(candidates, len(rows)))
     key = key_of(direction, rows, q)
     by_name = {str(config): config for config in candidates}
     if _choices.get(key) not in (COMPOSED, *by_name):
+        if not _may_time(rows):
+            return fused(default(candidates, len(rows)))
         runs: dict[str, Composed] = {name: lambda c=config: fused(c) for name, config in by_name.items()}  # type: ignore[misc]
         choose(key, {**runs, COMPOSED: composed})
     choice = _choices[key]
@@ -78,9 +79,14 @@ def default(candidates: Sequence[Config], rows: int) -> Config:
 def key_of(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
     M = triton.next_power_of_2(len(rows))
     levels = 2 if q.double_quant else 1
-    gpu = torch.cuda.get_device_name(rows.device) if rows.is_cuda else "cpu"
+    gpu = _name_of(rows.device)
     dtype = str(rows.dtype).removeprefix("torch.")
     return f"{gpu} | {direction} | M {M} | {q.shape[0]}x{q.shape[1]} | {dtype} | {q.blocksize} | {levels}"
+
+
+@lru_cache
+def _name_of(device: torch.device) -> str:
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
 
 
 def table() -> list[str]:

@@ -14,7 +14,7 @@ from quant import QuantizedTensor
 
 from ..dequantize import dequantize_reference
 from ..dispatch import register
-from .launch import EXACT, FLOATS, capability, check_device, levels_of, weight_arguments
+from .launch import EXACT, FLOATS, capability, check_device, levels_of, on_device_of, weight_arguments
 from .lookup import block_scales, gather_codes, rounded, sixteen_registers, words_asm
 
 GROUP = 32  # weights to a group: 4 words of codes, one load of 16 bytes
@@ -100,10 +100,9 @@ def dequantize_triton(q: QuantizedTensor, out: Tensor) -> None:
         wide = torch.empty(q.shape, dtype=torch.float32, device=out.device)
         dequantize_triton(q, wide)
         out.copy_(wide)
-    elif words_fit(q, out):
-        _launch_words(q, out)
     else:
-        _launch_gather(q, out)
+        with on_device_of(out):
+            (_launch_words if words_fit(q, out) else _launch_gather)(q, out)
 
 
 def words_fit(q: QuantizedTensor, out: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """What every launcher needs: may this tensor go to a kernel, which lookup fits, and a weight as kernel arguments."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -28,6 +29,11 @@ def check_device(operation: str, tensor: Tensor) -> None:
             f"backend 'triton' was asked for and cannot run {operation} on a CPU tensor: it needs a GPU, or "
             "TRITON_INTERPRET=1 in the environment before triton is imported"
         )
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU: inside, that is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def capability(device: torch.device) -> int | None:

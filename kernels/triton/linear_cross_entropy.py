@@ -26,7 +26,7 @@ from quant import QuantizedTensor
 from ..dispatch import captured_backend, register
 from ..linear_cross_entropy import CHUNK_BYTES, Head, linear_cross_entropy_reference
 from . import matmul
-from .launch import EXACT, FLOATS, capability, check_device, interpreted, scaled_lookup, weight_arguments
+from .launch import EXACT, FLOATS, capability, check_device, interpreted, on_device_of, scaled_lookup, weight_arguments
 from .lookup import add_product, block_scales, rounded, scaled_tile
 
 TILE = {"BM": 64, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
@@ -183,9 +183,9 @@ def _forward(
     part_size = triton.cdiv(tiles_v, parts) * options["BV"]
     parts = triton.cdiv(V, part_size)
     largest, total, at_target = torch.empty(3, parts, M, dtype=torch.float32, device=hidden.device)
-    forward_kernel[(tiles_m, parts)](
-        hidden, *_arguments(weight), targets, largest, total, at_target, 1 / temperature, M, V, part_size, **options
-    )
+    arguments = (hidden, *_arguments(weight), targets, largest, total, at_target, 1 / temperature, M, V, part_size)
+    with on_device_of(hidden):
+        forward_kernel[(tiles_m, parts)](*arguments, **options)
     top = largest.amax(dim=0)
     return top, (total * (largest - top).exp()).sum(dim=0).log(), at_target.sum(dim=0)
 
@@ -202,9 +202,9 @@ def _dz(
     M, V = len(targets), weight.shape[0]
     options = _options(hidden, weight)
     dz = torch.empty(M, V, dtype=hidden.dtype, device=hidden.device)
-    dz_kernel[(triton.cdiv(M, options["BM"]), triton.cdiv(V, options["BV"]))](
-        hidden, *_arguments(weight), targets, largest, log_total, dnll, dz, 1 / temperature, M, V, **options
-    )
+    arguments = (hidden, *_arguments(weight), targets, largest, log_total, dnll, dz, 1 / temperature, M, V)
+    with on_device_of(hidden):
+        dz_kernel[(triton.cdiv(M, options["BM"]), triton.cdiv(V, options["BV"]))](*arguments, **options)
     return dz
 
 

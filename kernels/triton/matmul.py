@@ -19,7 +19,7 @@ from ..dequantize import dequantize
 from ..dispatch import register
 from . import autotune, configs
 from .configs import Config
-from .launch import EXACT, FLOATS, capability, check_device, interpreted, scaled_lookup, weight_arguments
+from .launch import EXACT, FLOATS, capability, check_device, interpreted, on_device_of, scaled_lookup, weight_arguments
 from .matmul_kernels import backward_kernel, forward_kernel, reduce_kernel
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def _run(
     if len(rows) == 0:
         return rows.new_zeros(0, q.shape[0 if direction == "forward" else 1])
     candidates = [c.within(q.blocksize) for c in candidates_for(direction, rows.dtype, rows.device, len(rows))]
-    return autotune.run(direction, rows, q, candidates, fused, composed)
+    with on_device_of(rows):
+        return autotune.run(direction, rows, q, candidates, fused, composed)
 
 
 def why_unserved(q: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> str | None:

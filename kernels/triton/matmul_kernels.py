@@ -20,7 +20,7 @@ import triton.language as tl
 from .lookup import add_product, block_scales, rounded, scaled_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def forward_kernel(
     x,
     packed,
@@ -80,7 +80,7 @@ def forward_kernel(
     _store(y, acc, part, m, n, M, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def backward_kernel(
     dy,
     packed,

@@ -20,7 +20,7 @@ from quant.codebook import codebook
 from quant.tensor import shared_map
 
 from ..dispatch import register
-from .launch import EXACT, check_device
+from .launch import EXACT, check_device, on_device_of
 
 WEIGHTS = 2048  # to a program
 FOUR_BITS = ("nf4", "fp4", "int4")
@@ -65,9 +65,11 @@ def quantize_triton(
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=device)
     rows = max(1, WEIGHTS // blocksize)
-    quantize_kernel[(triton.cdiv(len(absmax), rows),)](
-        flat, *_nearest(quant_type, device), packed, absmax, n, BLOCKSIZE=blocksize, ROWS=rows, num_warps=4, **EXACT
-    )
+    tables = _nearest(quant_type, device)
+    with on_device_of(flat):
+        quantize_kernel[(triton.cdiv(len(absmax), rows),)](
+            flat, *tables, packed, absmax, n, BLOCKSIZE=blocksize, ROWS=rows, num_warps=4, **EXACT
+        )
     if not torch.isfinite(absmax).all():
         raise ValueError("quantize needs finite weights, found NaN or infinity")
     code = shared_map(codebook(quant_type), device)
