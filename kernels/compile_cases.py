@@ -107,7 +107,7 @@ class Case:
 
 def tool(name: str, *arguments: object, folder: str | None = None) -> str:
     """What one of the programs in Triton's wheel prints, run in `folder`."""
-    command = [TOOLS / name, *map(str, arguments)]
+    command = [str(TOOLS / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
@@ -192,13 +192,15 @@ def _products(target: int) -> Iterator[Case]:
     family = "amd" if target == 942 else configs.family(target)
     if family is None:
         return
-    for config in configs.FORWARD[family]:
-        yield _product("forward", config, target)
-        yield _product("forward lora", config, target)
+    for direction in ("forward", "backward"):
+        for config in configs.tiles(direction, family, 64):
+            yield _product(direction, config, target)
+            yield _product(f"{direction} lora", config, target)
+        for config in configs.tiles(direction, family, 32):
+            yield _product(f"{direction} 32", config, target)
     yield _product("decode", configs.FORWARD[family][0], target)
-    for config in configs.BACKWARD[family]:
-        yield _product("backward", config, target)
-        yield _product("backward lora", config, target)
+    yield _product("forward fp16", configs.FORWARD[family][-1], target)
+    yield _product("backward fp16", configs.BACKWARD[family][-1], target)
     yield _product("forward exact", configs.EXACT_FP32, target)
     yield Case(
         "reduce",
@@ -210,12 +212,14 @@ def _products(target: int) -> Iterator[Case]:
 
 
 def _product(name: str, config: Config, target: int) -> Case:
+    """name: a direction, and lora, exact (fp32), fp16, or 32 (blocks of 32)."""
     backward = name.startswith("backward")
-    kind = "fp32" if name.endswith("exact") else "bf16"
+    kind = "fp32" if name.endswith("exact") else "fp16" if name.endswith("fp16") else "bf16"
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     pointers = ("dy", "low", "up", "dx") if backward else ("x", "low", "up", "bias", "y")
     constants = {
         "K": K,
-        "BLOCKSIZE": 64,
+        "BLOCKSIZE": 32 if name.endswith("32") else 64,
         "DOUBLE": True,
         "HAS_LORA": name.endswith("lora"),
         "SPLIT": 4 if name == "decode" else 1,
@@ -223,7 +227,7 @@ def _product(name: str, config: Config, target: int) -> Case:
         "BN": config.BN,
         "BK": config.BK,
         "GROUP": matmul.GROUP,
-        "ASM": None if target == 942 or kind == "fp32" else scaled_asm(levels_of("nf4"), torch.bfloat16),
+        "ASM": None if target == 942 or kind == "fp32" else scaled_asm(levels_of("nf4"), dtype),
     }
     return Case(
         name,

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
+from typing import Any
 
 from .compile_cases import tool
 from .compile_check import Row, target_name
@@ -67,12 +68,12 @@ def _target_rows(library: Path, target: int) -> list[Row]:
             counted = _count(name, target, cubins[0])
             if counted is not None:
                 config, figures = counted
-                sizes = {"registers": int(registers), "stack": int(stack), "shared": int(shared)}
-                rows.append(Row(target_name(target), label, config, "ok", **sizes, **figures))
+                sizes = (int(registers), int(figures.pop("spills", 0)), int(stack), int(shared))
+                rows.append(Row(target_name(target), label, config, "ok", *sizes, **figures))
     return sorted(rows, key=lambda row: row.config)
 
 
-def _count(name: str, target: int, cubin: Path) -> tuple[str, dict[str, object]] | None:
+def _count(name: str, target: int, cubin: Path) -> tuple[str, dict[str, Any]] | None:
     """A kernel's description and the figures of its main loop, None for a kernel that is not compared."""
     gemm, simt = GEMM.match(name), SIMT.match(name)
     dequantize = (DEQUANTIZE_FP16 if target == 75 else DEQUANTIZE).match(name)

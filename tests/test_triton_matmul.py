@@ -179,11 +179,16 @@ def test_split_fills_the_multiprocessors_and_no_more() -> None:
     assert configs.split_for(tiles=1, steps=10**6, multiprocessors=108) == 16
 
 
-def test_every_tile_of_a_weight_lies_in_a_block() -> None:
-    for family in (*configs.FORWARD.values(), *configs.BACKWARD.values()):
-        for config in family:
-            for blocksize in (32, 64, 4096):
-                assert blocksize % config.within(blocksize).BK == 0
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("family", list(configs.FORWARD))
+def test_every_tile_of_a_weight_lies_in_a_block(family: str, blocksize: int) -> None:
+    for direction in ("forward", "backward"):
+        tiles = configs.tiles(direction, family, blocksize)
+        assert tiles
+        assert all(blocksize % config.BK == 0 for config in tiles)
+        assert tiles == sorted(tiles, key=lambda config: config.BM)
+        if blocksize == 32 and family in ("wgmma", "tcgen05"):
+            assert all(config.BM < 64 for config in tiles)
 
 
 def test_a_cpu_tensor_outside_the_interpreter_is_refused_in_one_line() -> None:

@@ -6,6 +6,9 @@ wgmma    sm_90: the weight goes through shared memory, looked up once; tiles hav
 tcgen05  sm_100: as wgmma.
 amd      gfx942: the exact gather.
 
+A block of 32 leaves BK = 32, for which Triton 3.7 cannot lay out the weight of wgmma and tcgen05 in shared memory:
+there only tiles of fewer than 64 rows serve it, which take mma.
+
 sm_75 has no entry: Triton gives its dot no tensor cores there (fp32 multiply-adds, thousands of spills), so a T4
 dequantizes and calls torch.matmul. BK of forward, and of backward the same columns, must divide the block size.
 """
@@ -45,6 +48,8 @@ BACKWARD = {
     "tcgen05": (Config(16, 128), Config(64, 128), Config(128, 128)),
     "amd": (Config(16, 64, num_stages=1), Config(64, 64, num_stages=1)),
 }
+SHORT = (Config(16, 128), Config(32, 128))
+"""Tiles that take mma on every generation from sm_80: for blocks of 32 on wgmma and tcgen05."""
 INTERPRETED = Config(16, 32, 32)
 EXACT_FP32 = Config(16, 32, 32, num_stages=2)
 """fp32 activations: no tensor cores, the exact lookup. A check, not the product."""
@@ -56,6 +61,13 @@ SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 94
 def family(capability: int) -> str | None:
     """Which entry serves a compute capability, None where only dequantize and torch.matmul do."""
     return FAMILIES.get(capability)
+
+
+def tiles(direction: str, family: str, blocksize: int) -> list[Config]:
+    """The tiles of `direction` (forward or backward) that a family has for a block size, the lowest first."""
+    table = FORWARD if direction == "forward" else BACKWARD
+    every = SHORT if blocksize < 64 and family in ("wgmma", "tcgen05") else table[family]
+    return [config.within(blocksize) for config in every]
 
 
 def split_for(tiles: int, steps: int, multiprocessors: int) -> int:

@@ -233,4 +233,5 @@ def tile(hidden: Tensor, blocksize: int) -> dict[str, int]:
     if hidden.dtype == torch.float32:
         return {"BM": 16, "BV": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
     stages = 1 if capability(hidden.device) is None else 3
-    return TILE | {"BK": min(64, blocksize), "num_stages": stages}
+    short = {"BM": 32, "BK": 32} if blocksize < 64 else {}  # configs.py: BK = 32 takes mma
+    return TILE | {"num_stages": stages} | short

@@ -81,7 +81,7 @@ def _run(
         return composed()
     if len(rows) == 0:
         return rows.new_zeros(0, q.shape[0 if direction == "forward" else 1])
-    candidates = [c.within(q.blocksize) for c in candidates_for(direction, rows.dtype, rows.device, len(rows))]
+    candidates = candidates_for(direction, q, rows.dtype, rows.device, len(rows))
     with on_device_of(rows):
         return autotune.run(direction, rows, q, candidates, fused, composed)
 
@@ -103,7 +103,9 @@ def why_no_tensor_cores(device: torch.device) -> str | None:
     return f"sm_{sm} has no tensor cores that Triton can use" if sm is not None and configs.family(sm) is None else None
 
 
-def candidates_for(direction: str, dtype: torch.dtype, device: torch.device, rows: int) -> list[Config]:
+def candidates_for(
+    direction: str, q: QuantizedTensor, dtype: torch.dtype, device: torch.device, rows: int
+) -> list[Config]:
     """Tiles worth timing for that many rows: none much taller than they are."""
     if interpreted():
         return [configs.INTERPRETED]
@@ -111,9 +113,8 @@ def candidates_for(direction: str, dtype: torch.dtype, device: torch.device, row
         return [configs.EXACT_FP32]
     sm = capability(device)
     family = "amd" if sm is None else configs.family(sm)
-    table = configs.FORWARD if direction == "forward" else configs.BACKWARD
-    every = table[family or "mma"]
-    return [c for c in every if 2 * rows > c.BM or c.BM == every[0].BM]
+    every = configs.tiles(direction, family or "mma", q.blocksize)
+    return [config for config in every if 2 * rows > config.BM] or every[:1]
 
 
 def launch_forward(x: Tensor, q: QuantizedTensor, bias: Tensor | None, lora: Low | None, config: Config) -> Tensor:

@@ -73,11 +73,11 @@ def test_every_tile_of_forward_and_backward(M, N, K, blocksize, dtype, device) -
     x, dy = (randn(M, size, dtype=dtype, device=device) for size in (K, N))
     weight, wide = quant.dequantize(q, dtype), quant.dequantize(q, torch.float64)
     y, dx = x.double() @ wide.T + bias.double(), dy.double() @ wide
-    for config in matmul.candidates_for("forward", dtype, device, 10**6):
-        ours = matmul.launch_forward(x, q, bias, None, config.within(blocksize))
+    for config in matmul.candidates_for("forward", q, dtype, device, 10**6):
+        ours = matmul.launch_forward(x, q, bias, None, config)
         assert_as_accurate_as(F.linear(x, weight, bias), ours, y)
-    for config in matmul.candidates_for("backward", dtype, device, 10**6):
-        assert_as_accurate_as(dy @ weight, matmul.launch_backward(dy, q, None, config.within(blocksize)), dx)
+    for config in matmul.candidates_for("backward", q, dtype, device, 10**6):
+        assert_as_accurate_as(dy @ weight, matmul.launch_backward(dy, q, None, config), dx)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
