@@ -1,6 +1,6 @@
 """kernels: the quantized operations, fast. What each one means is in quant/; who runs it is decided in dispatch.py.
 
-One file per operation. In this version the `reference` backend (plain PyTorch, any device) serves all of them.
+One file per operation, with its `reference` (plain PyTorch, any device). C kernels are in cpu/, Triton's in triton/.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from .matmul import linear, matmul
 from .quantize import quantize
 
 if find_spec("triton") is not None:  # Linux only
-    from . import triton as _triton  # noqa: F401
+    from . import triton as _triton  # noqa: F401  # registers the Triton kernels
 
 __all__ = [
     "Head",

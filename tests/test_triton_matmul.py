@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -200,8 +201,6 @@ def test_a_cpu_tensor_outside_the_interpreter_is_refused_in_one_line() -> None:
         "        with kernels.use_backend('triton'): call()\n"
         "    except ValueError as error: print(error)\n"
     )
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     lines = done.stdout.splitlines()

@@ -13,6 +13,10 @@
 They run on GPU tensors, and on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
 """
 
+from ..dispatch import register_backend
 from . import dequantize, linear_cross_entropy, lora_matmul, matmul, ops, quantize
+from .launch import describe, why_missing
 
 __all__ = ["dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "ops", "quantize"]
+
+register_backend("triton", why_missing, describe)

@@ -22,6 +22,18 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def why_missing() -> str | None:
+    """Why no kernel can run in this process, or None."""
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "no GPU here, and TRITON_INTERPRET=1 was not in the environment before triton was imported"
+
+
+def describe() -> str:
+    """Where kernels run: for describe_backends."""
+    return "in Triton's interpreter" if interpreted() else torch.cuda.get_device_name()
+
+
 def check_device(operation: str, tensor: Tensor) -> None:
     """Raises ValueError where Triton can run nothing: a CPU tensor outside the interpreter."""
     if tensor.device.type == "cpu" and not interpreted():

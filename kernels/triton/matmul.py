@@ -22,7 +22,7 @@ from .configs import Config
 from .launch import EXACT, FLOATS, capability, check_device, interpreted, on_device_of, scaled_lookup, weight_arguments
 from .matmul_kernels import backward_kernel, forward_kernel, reduce_kernel
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qlora")
 REDUCE_BLOCK = 1024  # sums to a program of reduce_kernel
 GROUP = 8  # tiles of rows that use a weight tile one after the other
 Low = tuple[Tensor, Tensor]
