@@ -1,8 +1,9 @@
 """kernels: the quantized operations, fast. What each one means is in quant/; who runs it is decided in dispatch.py.
 
-One file per operation. In this version the `reference` backend (plain PyTorch, any device) serves all of them.
+One file per operation, with its `reference` (plain PyTorch, any device). C kernels are in cpu/, Triton's in triton/.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import cpu as _cpu  # noqa: F401  # registers the C kernels
@@ -12,6 +13,9 @@ from .linear_cross_entropy import Head, linear_cross_entropy
 from .lora_matmul import LoRATerm, lora_matmul
 from .matmul import linear, matmul
 from .quantize import quantize
+
+if find_spec("triton") is not None:  # Linux only
+    from . import triton as _triton  # noqa: F401  # registers the Triton kernels
 
 __all__ = [
     "Head",

@@ -1,0 +1,122 @@
+"""Which tile shape, or dequantize and torch.matmul, is fastest for a product: measured once, kept, printable.
+
+A fused product reads 0.52 bytes a weight and looks each up again for every tile of rows; dequantizing once writes and
+reads 2 bytes a weight more and then runs at cuBLAS's speed. So there is a number of rows above which the second wins,
+and it differs by GPU and shape. Nothing is assumed: both are timed at the first call of a shape.
+
+The key of a measurement: GPU, direction, rows rounded up to a power of two, N, K, dtype, block size, levels of scales.
+`table()` lists them. Where nothing was measured yet and nothing may be (QLORA_AUTOTUNE=0, the interpreter, the capture
+of a CUDA graph) the lowest tile that holds all rows runs.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from quant import QuantizedTensor
+
+from .configs import Config
+from .launch import interpreted
+
+Fused = Callable[[Config], Tensor]
+Composed = Callable[[], Tensor]
+COMPOSED = "dequantize + torch.matmul"
+
+_choices: dict[str, str] = {}
+_timings: dict[str, dict[str, float]] = {}
+
+
+def run(
+    direction: str,
+    rows: Tensor,
+    q: QuantizedTensor,
+    candidates: Sequence[Config],
+    fused: Fused,
+    composed: Composed,
+) -> Tensor:
+    """The product by the fastest candidate, timing them all if this key is new."""
+    key = key_of(direction, rows, q)
+    by_name = {str(config): config for config in candidates}
+    if _choices.get(key) not in (COMPOSED, *by_name):
+        if not _may_time(rows):
+            return fused(default(candidates, len(rows)))
+        runs: dict[str, Composed] = {name: lambda c=config: fused(c) for name, config in by_name.items()}  # type: ignore[misc]
+        choose(key, {**runs, COMPOSED: composed})
+    choice = _choices[key]
+    return composed() if choice == COMPOSED else fused(by_name[choice])
+
+
+def choose(key: str, runs: dict[str, Composed], timer: Callable[[Composed], float] | None = None) -> str:
+    """Time each of `runs`, remember the times and the fastest under `key`. A run that fails to compile is left out."""
+    times: dict[str, float] = {}
+    for name, call in runs.items():
+        try:
+            times[name] = (timer or milliseconds)(call)
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+            continue
+    _timings[key] = times
+    _choices[key] = min(times, key=lambda name: times[name])
+    return _choices[key]
+
+
+def milliseconds(call: Composed) -> float:
+    """Median time of a call, its first ones (which compile) apart, with the L2 cache flushed in between."""
+    return float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
+
+
+def default(candidates: Sequence[Config], rows: int) -> Config:
+    """Without timing: the lowest tile that takes all rows, or the tallest there is."""
+    tall_enough = [config for config in candidates if rows <= config.BM]
+    return tall_enough[0] if tall_enough else candidates[-1]
+
+
+def key_of(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
+    M = triton.next_power_of_2(len(rows))
+    levels = 2 if q.double_quant else 1
+    gpu = _name_of(rows.device)
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return f"{gpu} | {direction} | M {M} | {q.shape[0]}x{q.shape[1]} | {dtype} | {q.blocksize} | {levels}"
+
+
+@lru_cache
+def _name_of(device: torch.device) -> str:
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+
+
+def table() -> list[str]:
+    """One line a measured key: the choice, and the time of every candidate in milliseconds."""
+    lines = []
+    for key, choice in _choices.items():
+        times = ", ".join(f"{name} {ms:.4f}" for name, ms in _timings.get(key, {}).items())
+        lines.append(f"{key}: {choice} ({times})")
+    return lines
+
+
+def save(path: str | Path) -> None:
+    """Write the choices and times as JSON."""
+    aside = Path(path).with_name(Path(path).name + ".tmp")
+    aside.write_text(json.dumps({"choices": _choices, "timings": _timings}, indent=1), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def load(path: str | Path) -> None:
+    """Use the choices of `save` instead of timing again. Raises ValueError for a file that is not one."""
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        choices, timings = dict(saved["choices"]), dict(saved["timings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of autotune choices: {error}") from None
+    _choices.update(choices)
+    _timings.update(timings)
+
+
+def _may_time(rows: Tensor) -> bool:
+    if interpreted() or not rows.is_cuda or os.environ.get("QLORA_AUTOTUNE") == "0":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
