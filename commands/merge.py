@@ -84,7 +84,7 @@ def run(args: MergeArgs) -> None:
     if args.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {args.tokens}")
     check_target(args.out)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model).with_chat_of(args.adapter)
     rows = sample(tokenizer, args.data, args.tokens)
     merged, tried, gain = merge_and_measure(args, rows)
     warnings = complaints(args.into, merged.cost, gain)

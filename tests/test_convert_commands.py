@@ -142,6 +142,15 @@ def test_updates_below_half_a_step_are_lost_on_4_bit_weights_and_that_is_called_
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_merged_model_is_spoken_to_as_its_adapter_was(made: Path, tmp_path: Path, capsys) -> None:
+    trained = load_tokenizer(made / "base").with_chat_template("vicuna")
+    model = add_adapter(load_model(made / "base"), LoRAConfig(r=2))
+    save_adapter(model, tmp_path / "adapter", beside=trained.save)
+    run("merge", made / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_tokenizer(tmp_path / "out")
+    assert (merged.chat_template, merged.eos_ids) == (trained.chat_template, trained.eos_ids)
+
+
 def test_an_adapter_that_does_nothing_is_called_out(made: Path, tmp_path: Path, capsys) -> None:
     run("merge", made / "base", made / "none", tmp_path / "out")
     assert "warning: the adapter changes nothing on this text" in capsys.readouterr().out
