@@ -1,7 +1,7 @@
 """data/budget.py and data/sandbox.py: a template that means harm ends in one line, in bounded time and memory.
 
-Every attack runs with memory limited by the system to 1 GB above what the process had, and processor time to a minute
-for all of them. Steps and payments are scaled down, so that those that run until they are used up are quick too. That
+Every attack runs with memory limited by the system to 256 MB above what the process had, and processor time to a minute
+for all of them. The budget is scaled down, so that those that run until it is used up are quick too. That
 templates of the field give the same text as without a budget is checked in tests/peers.
 """
 
@@ -22,8 +22,8 @@ LOOPS, END = "{% for i in range(99999) %}{% for j in range(99999) %}", "{% endfo
 GROW = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
 
 STEPS = "more than 20,000 loop turns and calls"
-PAID = "more than 20,000,000 characters written and gone through"
-LARGE = "a text or list larger than 10,000,000"
+PAID = "more than 2,000,000 characters written and gone through"
+LARGE = "a text or list larger than 1,000,000"
 DEEP = "maximum recursion depth exceeded"
 ATTACKS = {
     "loops": (LOOPS + END, STEPS),
@@ -43,22 +43,22 @@ ATTACKS = {
         "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}", DEEP),
     "a block that holds itself": ("{% block a %}{{ self.a() }}{% endblock %}", DEEP),
     "a recursive loop": ("{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}", "recursive loops are not"),
-    "statements that are no calls": (LOOPS + "{% set x = i %}" * 4000 + END, STEPS),
+    "statements that are no calls": (LOOPS + "{% set x = i %}" * 800 + END, STEPS),
     "lazy filters": (LOOPS + "{% set x = range(100000) | selectattr('x') | list %}" + END, STEPS),
     "lazy filters in a row": ("{% set x = range(99999)" + " | select" * 60 + " | list %}", STEPS),
     "a large range": ("{{ range(1000000000) }}", "Range too big"),
     "maxima": (LOOPS + "{% set x = range(100000) | max %}" + END, PAID),
     "sorting": ("{% set a = range(9000) | list %}" + LOOPS + "{% set x = a | sort %}" + END, PAID),
-    "comparing": ("{% set a = 'x' * 4000000 %}{% set b = 'x' * 4000000 %}" + LOOPS + "{{ a == b }}" + END, PAID),
+    "comparing": ("{% set a = 'x' * 400000 %}{% set b = 'x' * 400000 %}" + LOOPS + "{{ a == b }}" + END, PAID),
     "comparing lists": ("{% set a = [1] * 9000 %}{% set b = [1] * 9000 %}" + LOOPS + "{{ a == b }}" + END, PAID),
-    "searching": ("{% set a = 'x' * 4000000 %}" + LOOPS + "{{ 'y' in a }}" + END, PAID),
-    "finding": ("{% set a = 'x' * 4000000 %}" + LOOPS + "{{ a.find('y') }}" + END, PAID),
-    "finding from the end": ("{{ ('x' * 9000000).rfind('xy' ~ 'x' * 4000000) }}", PAID),
+    "searching": ("{% set a = 'x' * 400000 %}" + LOOPS + "{{ 'y' in a }}" + END, PAID),
+    "finding": ("{% set a = 'x' * 400000 %}" + LOOPS + "{{ a.find('y') }}" + END, PAID),
+    "finding from the end": ("{{ ('x' * 900000).rfind('xy' ~ 'x' * 400000) }}", PAID),
     "changed": ("{% set a = [1] * 9000 %}{% set b = [1] * 9000 %}" + LOOPS
                 + "{% set x = loop.changed(a if j is odd else b) %}" + END, PAID),
     "hashing": ("{% set t = (1,) * 9000 %}{% set d = {t: 1} %}" + LOOPS + "{% set x = d[t] %}" + END, PAID),
     "hashing in get": ("{% set t = (1,) * 9000 %}{% set d = {t: 1} %}" + LOOPS + "{% set x = d.get(t) %}" + END, PAID),
-    "many variables": ("{% set x = 'a' * 9900000 %}"
+    "many variables": ("{% set x = 'a' * 990000 %}"
                        + "".join(f"{{% set a{i} = x[1:] %}}" for i in range(300)), PAID),
     "a long text in a loop": (
         "{% set x %}{% for i in range(9999) %}" + "a" * 90_000 + "{% endfor %}{% endset %}", PAID),
@@ -66,12 +66,12 @@ ATTACKS = {
                                PAID),
     "doubling a block": (
         "{% set x %}" + "a" * 1000 + "{% endset %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60, PAID),
-    "printing": ("{% set x = 'a' * 900000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", LARGE),
+    "printing": ("{% set x = 'a' * 300000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", LARGE),
     "times": ("{{ 'a' * 10000000000 }}", LARGE),
     "times from the left": ("{{ 10000000000 * [1] }}", LARGE),
     "plus": ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", LARGE),
     "~": ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", LARGE),
-    "~ of many": ("{% set x = 'a' * 9000000 %}{{ " + " ~ ".join(["x"] * 5000) + " }}", LARGE),
+    "~ of many": ("{% set x = 'a' * 900000 %}{{ " + " ~ ".join(["x"] * 500) + " }}", LARGE),
     "a list twice in a list": (GROW + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", LARGE),
     "a dict twice in a dict": (
         GROW.replace("[1]", "{}") + "{% set n.x = dict(a=n.x.items(), b=n.x.items()) %}{% endfor %}{{ n.x }}", PAID),
@@ -81,31 +81,31 @@ ATTACKS = {
     "a deep list printed": ("{{ " + "[" * 900 + "]" * 900 + " }}", DEEP),
     "powers": ("{{ 9 ** 9 ** 9 }}", "** of numbers above 64"),
     "large numbers": (GROW.replace("[1]", "3") + "{% set n.x = n.x * n.x %}{% endfor %}", "more than 4,096 bits"),
-    "digits": ("{{ ('9' * 9000000) | int }}", "a number of more than 4,000 digits"),
+    "digits": ("{{ ('9' * 900000) | int }}", "a number of more than 4,000 digits"),
     "rounding": ("{{ 1.5 | round(999999999, 'ceil') }}", "rounding to more than 64 digits"),
-    "sums of lists": ("{{ ([[1]] * 30000) | sum(start=[]) }}", "a sum that does not start at a number"),
-    "a long separator": ("{{ range(100000) | join('a' * 9000000) }}", LARGE),
-    "a long separator of join()": ("{{ ('a' * 9000000).join(range(100000) | map('string')) }}", LARGE),
-    "replace": ("{{ ('a' * 9000000) | replace('a', 'a' * 9000000) }}", LARGE),
-    "replace()": ("{{ ('a' * 9000000).replace('', 'a' * 9000000) }}", LARGE),
-    "replace in map": ("{{ (['a' * 9000] * 1000) | map('replace', 'a', 'a' * 1000) | list }}", PAID),
-    "indent": ("{{ ('\n' * 9000000) | indent(9000000) }}", LARGE),
-    "a list of characters": ("{{ ('é' * 9900000) | list }}", LARGE),
-    "words": ("{{ ('é ' * 4900000).split(' ') }}", LARGE),
-    "a title": ("{{ ('a ' * 4900000) | title }}", LARGE),
+    "sums of lists": ("{{ ([[1]] * 3000) | sum(start=[]) }}", "a sum that does not start at a number"),
+    "a long separator": ("{{ range(100000) | join('a' * 900000) }}", LARGE),
+    "a long separator of join()": ("{{ ('a' * 900000).join(range(100000) | map('string')) }}", LARGE),
+    "replace": ("{{ ('a' * 900000) | replace('a', 'a' * 900000) }}", LARGE),
+    "replace()": ("{{ ('a' * 900000).replace('', 'a' * 900000) }}", LARGE),
+    "replace in map": ("{{ (['a' * 90] * 1000) | map('replace', 'a', 'a' * 1000) | list }}", PAID),
+    "indent": ("{{ ('\n' * 900000) | indent(900000) }}", LARGE),
+    "a list of characters": ("{{ ('é' * 990000) | list }}", LARGE),
+    "words": ("{{ ('é ' * 490000).split(' ') }}", LARGE),
+    "a title": ("{{ ('a ' * 490000) | title }}", LARGE),
     "% with a width": ("{{ '%9999999999d' % 1 }}", "a width of more than 999, a * or a name in a % format"),
     "% with a *": ("{{ '%*d' % (999999999, 1) }}", "a width of more than 999, a * or a name in a % format"),
-    "% many times": ("{{ ('%s' * 1000000) % 1 }}", LARGE),
+    "% many times": ("{{ ('%s' * 100000) % 1 }}", LARGE),
     "format()": ("{{ '{:9999999999}'.format(1) }}", "a width or other instruction in format()"),
     "format() in format()": ("{{ '{:{}}'.format(1, 999999999) }}", "a width or other instruction in format()"),
-    "format() many times": ("{{ ('{0}' * 1000000).format('a' * 1000000) }}", LARGE),
+    "format() many times": ("{{ ('{0}' * 100000).format('a' * 100000) }}", LARGE),
     "format_map": ("{{ '{a:999999999}'.format_map({'a': 1}) }}", "str has no method 'format_map' here"),
     "center": ("{{ 'a'.center(999999999) }}", "str has no method 'center' here"),
     "a filter that is not there": ("{{ 'a' | center(999999999) }}", "line 1: No filter named 'center'"),
     "bytes": ("{{ (5).to_bytes(999999999, 'little') }}", "int has no method 'to_bytes' here"),
     "tojson with an indent": ("{{ [[1]] | tojson(indent=999999999) }}", "an indent or a separator above 64"),
-    "tojson with a separator": ("{{ [[1]] | tojson(separators=('a' * 9000000, '')) }}", "a separator above 64"),
-    "a date": ("{{ strftime_now('%c' * 4000000) }}", "a date format of more than 300 characters"),
+    "tojson with a separator": ("{{ [[1]] | tojson(separators=('a' * 900000, '')) }}", "a separator above 64"),
+    "a date": ("{{ strftime_now('%c' * 400000) }}", "a date format of more than 300 characters"),
     "parentheses": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", DEEP),
     "nots": ("{{ " + "not " * 20000 + "1 }}", DEEP),
     "loops in loops": ("{% for i in [1] %}" * 300 + "{% endfor %}" * 300, DEEP),
@@ -127,9 +127,9 @@ ATTACKS = {
 RUN = """
 import json, resource, sys, time
 from data import budget, render
-budget.MAX_STEPS, budget.MAX_PAID = 20_000, 20_000_000
+budget.MAX_STEPS, budget.MAX_PAID, budget.MAX_SIZE = 20_000, 2_000_000, 1_000_000
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 attacks, messages = json.load(sys.stdin)
 said = {}

@@ -18,7 +18,7 @@ from data import FORMATS, encode_messages, encode_prompt, render
 from data.chat import question
 from lora import LoRAConfig, add_adapter, save_adapter, trainable_parameters
 from models import Tokenizer, load_model, load_tokenizer, save_model
-from models.gguf_tokenizer import LLAMA3_PIECES
+from models.gguf_tokenizer import LLAMA3
 from tests.small_base import write_base
 from tests.toy_tokenizer import ToyTokenizer
 
@@ -54,7 +54,7 @@ def backend(pieces: str) -> tokenizers.Tokenizer:
     """The toy BPE, cutting a text into pieces as GPT-2 or as Llama 3 does."""
     backend = ToyTokenizer().backend
     if pieces == "Llama 3's pieces":
-        cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PIECES), "isolated")
+        cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA3[0]["pattern"]["Regex"]), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     return backend
 
