@@ -129,13 +129,13 @@ def _nearest(code: Tensor) -> Nearest:
 def matmul_cpu(
     x: Tensor, q: QuantizedTensor, bias: Tensor | None, low: Tensor | None = None, up: Tensor | None = None
 ) -> Tensor:
-    """x (…, K) · Ŵᵀ + bias + low (M, r) · upᵀ → (…, N); low and up (N, r) are fp32 and contiguous."""
+    """x (…, K) · Ŵᵀ + bias + low (M, r) · upᵀ → (…, N); low and up (N, r) in any dtype."""
     return _product("matmul", x, q, q.shape[0], bias, low, up)
 
 
 @register("matmul_dx", "cpu", unless=why_not_product)
 def matmul_dx_cpu(dy: Tensor, q: QuantizedTensor, low: Tensor | None = None, up: Tensor | None = None) -> Tensor:
-    """dy (…, N) · Ŵ + low (M, r) · up → (…, K); low and up (r, K) are fp32 and contiguous."""
+    """dy (…, N) · Ŵ + low (M, r) · up → (…, K); low and up (r, K) in any dtype."""
     return _product("matmul_dx", dy, q, q.shape[1], None, low, up)
 
 
@@ -151,6 +151,7 @@ def _product(
     r = 0 if low is None else low.shape[1]
     if bias is not None:
         bias = bias.detach().to(x.dtype).float().contiguous()
+    low, up = (None if t is None else t.float().contiguous() for t in (low, up))
     lib, threads = load(), torch.get_num_threads()
     scratch = workspace(lib.workspace_floats(M, N, K, r, threads))
     optional = [None if t is None else t.data_ptr() for t in (bias, low, up)]
