@@ -166,7 +166,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             stats = (targets[rows], largest[rows], log_total[rows], dnll[rows].contiguous())
             dz = _dz(hidden[rows], weight, ctx.temperature, *stats)
             if dx is not None:
-                dx[rows] = dz @ dense.to(dz.dtype) if ctx.q is None else matmul.backward(dz, ctx.q, None)
+                dx[rows] = dz @ dense.to(dz.dtype) if ctx.q is None else matmul.backward(dz, ctx.q)
             if dw is not None:
                 dw += (dz.T @ hidden[rows]).float()
         return dx, None if dw is None else dw.to(dense.dtype), None, None, None

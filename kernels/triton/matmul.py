@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
 from quant import QuantizedTensor
 
 from ..dequantize import dequantize
 from ..dispatch import register
+from ..lora_matmul import low_rank_product
 from . import autotune, configs
 from .configs import Config
 from .launch import EXACT, FLOATS, capability, check_device, interpreted, on_device_of, scaled_lookup, weight_arguments
@@ -32,44 +32,48 @@ Low = tuple[Tensor, Tensor]
 @register("matmul", "triton")
 def matmul_triton(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """x (…, K) · Ŵᵀ + bias → (…, N)."""
-    return forward(x, q, bias, None)
+    return forward(x, q, bias)
 
 
 @register("matmul_dx", "triton")
 def matmul_dx_triton(dy: Tensor, q: QuantizedTensor) -> Tensor:
     """dy (…, N) · Ŵ → (…, K)."""
-    return backward(dy, q, None)
+    return backward(dy, q)
 
 
-def forward(x: Tensor, q: QuantizedTensor, bias: Tensor | None, lora: Low | None) -> Tensor:
-    """x (…, K) · Ŵᵀ + low · upᵀ + bias → (…, N) in x.dtype. lora: low (M, r), up (N, r), in x.dtype."""
+def forward(
+    x: Tensor, q: QuantizedTensor, bias: Tensor | None, low: Tensor | None = None, up: Tensor | None = None
+) -> Tensor:
+    """x (…, K) · Ŵᵀ + low (M, r) · upᵀ + bias → (…, N) in x.dtype; up (N, r)."""
     check_device("matmul", x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.to(x.dtype)
 
     def fused(config: Config) -> Tensor:
-        return launch_forward(rows, q, bias, lora, config)
+        return launch_forward(rows, q, bias, _pair(low, up), config)
 
     def composed() -> Tensor:
-        y = F.linear(rows, dequantize(q, x.dtype), bias)
-        return y if lora is None else torch.addmm(y, lora[0], lora[1].T)
+        return low_rank_product(rows, dequantize(q, x.dtype), bias, low, up)
 
     return _run("forward", rows, q, fused, composed).view(*x.shape[:-1], q.shape[0])
 
 
-def backward(dy: Tensor, q: QuantizedTensor, lora: Low | None) -> Tensor:
-    """dy (…, N) · Ŵ + low · up → (…, K) in dy.dtype. lora: low (M, r), up (r, K), in dy.dtype."""
+def backward(dy: Tensor, q: QuantizedTensor, low: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+    """dy (…, N) · Ŵ + low (M, r) · up → (…, K) in dy.dtype; up (r, K)."""
     check_device("matmul_dx", dy)
     rows = dy.reshape(-1, dy.shape[-1]).contiguous()
 
     def fused(config: Config) -> Tensor:
-        return launch_backward(rows, q, lora, config)
+        return launch_backward(rows, q, _pair(low, up), config)
 
     def composed() -> Tensor:
-        dx = rows @ dequantize(q, dy.dtype)
-        return dx if lora is None else torch.addmm(dx, *lora)
+        return low_rank_product(rows, dequantize(q, dy.dtype).T, None, low, None if up is None else up.T)
 
     return _run("backward", rows, q, fused, composed).view(*dy.shape[:-1], q.shape[1])
+
+
+def _pair(low: Tensor | None, up: Tensor | None) -> Low | None:
+    return None if low is None or up is None else (low, up)
 
 
 def _run(

@@ -70,7 +70,7 @@ def matmul_4bit(
     """x (…, K) → (…, N) in x.dtype."""
     weight = (packed, code, absmax, absmax_code, absmax2, absmax_offset, N, K, blocksize, double_quant, quant_type)
     with use_backend("triton"):
-        return forward(x, _whole(*weight), bias, None)
+        return forward(x, _whole(*weight), bias)
 
 
 @torch.library.custom_op("qlora::matmul_4bit_dx", mutates_args=())
@@ -91,7 +91,7 @@ def matmul_4bit_dx(
     """dy (…, N) → (…, K) in dy.dtype."""
     weight = (packed, code, absmax, absmax_code, absmax2, absmax_offset, N, K, blocksize, double_quant, quant_type)
     with use_backend("triton"):
-        return backward(dy, _whole(*weight), None)
+        return backward(dy, _whole(*weight))
 
 
 @matmul_4bit.register_fake

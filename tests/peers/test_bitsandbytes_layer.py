@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import kernels
 from lora import AdapterState, LinearNF4, LoRAConfig, LoRALinear
 from quant import dequantize, from_bnb_state_dict, to_bnb_state_dict
 from tests.accuracy import assert_as_accurate_as, leaf
@@ -111,10 +110,11 @@ def test_value_and_every_gradient_in_bf16_under_their_autocast(state: dict) -> N
 
 
 def test_equal_seeds_drop_the_same_inputs() -> None:
-    with kernels.use_backend("reference"):  # rounds as theirs does
-        found, there, _ = run_both(torch.float32, True, 0.5, **STATES[0])
+    """Other inputs dropped would be another result; the same ones, sums of at most K terms in another order."""
+    found, there, _ = run_both(torch.float32, True, 0.5, **STATES[0])
     for name in found:
-        torch.testing.assert_close(found[name], there[name])
+        difference = (found[name] - there[name]).norm()
+        assert difference <= K * torch.finfo(torch.float32).eps * there[name].norm(), name
 
 
 @pytest.mark.parametrize("state", STATES, ids=str)
