@@ -7,8 +7,11 @@
 
     M rows, D hidden size, V vocabulary
 
-Rows go through in chunks; backward computes the logits of a chunk again. At V = 49,152 the logits of 1,024 tokens
-are 201 MB in fp32, and their gradient as much again; a chunk is 32 MiB.
+Rows go through in chunks. At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much
+again; a chunk is 32 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
+for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. A head
+that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits of a chunk
+again.
 """
 
 import math
@@ -128,22 +131,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, options: _Options, *head_tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, targets, *head_tensors)
         ctx.options, ctx.backend = options, captured_backend()
         wide = torch.promote_types(hidden.dtype, torch.float32)
         nll = torch.empty(len(targets), dtype=wide, device=hidden.device)
         entropy = torch.zeros_like(nll)
+        ctx.head_is_frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[3:])
+        slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
         for rows in _chunks(len(targets), options.head.weight.shape[0]):
-            z = _logits(hidden[rows], options.head, options)
-            logps = torch.log_softmax(z, dim=1)
+            x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
+            with torch.set_grad_enabled(ctx.head_is_frozen):
+                z = _logits(x, options.head, options)
+            logps = torch.log_softmax(z.detach(), dim=1)
             nll[rows] = -logps.gather(1, targets[rows, None]).view(-1)
             if options.with_entropy:
                 entropy[rows] = -(logps.exp() * logps).sum(dim=1)
+            if slope is not None:
+                slope[rows] = torch.autograd.grad(z, x, _minus_onehot(logps.exp_(), targets[rows]))[0]
+        if slope is None:
+            ctx.save_for_backward(hidden, targets, *head_tensors)
+        else:
+            ctx.save_for_backward(slope)
+            ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropy)
         return nll, entropy
 
     @staticmethod
     def backward(ctx: Any, dnll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.head_is_frozen:
+            (slope,) = ctx.saved_tensors
+            return (dnll[:, None] * slope).to(ctx.dtype), None, None, *[None] * len(ctx.needs_input_grad[3:])
         hidden, targets, *head_tensors = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         sources = [hidden, *head_tensors]
@@ -153,15 +169,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             leaves[0] = hidden[rows].detach().requires_grad_(wanted[0])
             with torch.enable_grad(), ctx.backend():
                 z = _logits(leaves[0], _with_tensors(ctx.options.head, leaves[1:]), ctx.options)
-            dz = torch.softmax(z.detach(), dim=1)
-            dz[torch.arange(len(dz), device=dz.device), targets[rows]] -= 1
-            dz *= dnll[rows, None]
+            dz = _minus_onehot(torch.softmax(z.detach(), dim=1), targets[rows]).mul_(dnll[rows, None])
             grads = iter(torch.autograd.grad(z, [leaf for leaf in leaves if leaf.requires_grad], dz))
             for i, total in enumerate(totals):
                 if total is not None:
                     (total[rows] if i == 0 else total).add_(next(grads))
         grads_out = [None if t is None else t.to(s.dtype) for t, s in zip(totals, sources, strict=True)]
         return grads_out[0], None, None, *grads_out[1:]
+
+
+def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:
+    """p (m, V) with 1 taken from each row's target, in place."""
+    p[torch.arange(len(p), device=p.device), targets] -= 1
+    return p
 
 
 def _wide_zeros(like: Tensor) -> Tensor:
