@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from quant import QuantizedTensor
 
 from .dequantize import dequantize
-from .dispatch import backend_for, implementation, register
+from .dispatch import backend_for, captured_backend, implementation, register
 from .matmul import linear, matmul, sum_rows
 
 
@@ -129,7 +129,7 @@ class _LoRAMatmul(torch.autograd.Function):
     ) -> Tensor:
         As, Bs, own = terms[0::3], terms[1::3], terms[2::3]
         lows = [_rows(x if x_i is None else x_i) @ A.to(x.dtype).T for A, x_i in zip(As, own, strict=True)]  # type: ignore[union-attr]
-        ctx.products, ctx.scalings = products, scalings
+        ctx.products, ctx.scalings, ctx.backend = products, scalings, captured_backend()
         ctx.q = base if isinstance(base, QuantizedTensor) else None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, None if ctx.q is not None else base, *terms, *lows)
@@ -157,7 +157,8 @@ class _LoRAMatmul(torch.autograd.Function):
             shared = [i for i in range(n) if own[i] is None]
             low = torch.cat([highs[i] for i in shared], 1) if shared else None
             up = torch.cat([As[i].to(dy.dtype) for i in shared], 0) if shared else None
-            dx = ctx.products.backward(dy, dense if ctx.q is None else ctx.q, low, up)
+            with ctx.backend():
+                dx = ctx.products.backward(dy, dense if ctx.q is None else ctx.q, low, up)
         if wants_base:
             d_base = (dy_rows.T @ _rows(x)).to(dense.dtype)
         db = sum_rows(dy, ctx.bias_dtype) if wants_bias else None

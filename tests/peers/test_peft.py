@@ -345,11 +345,13 @@ def test_every_gradient_is_theirs(base: LlamaForCausalLM, dropout: float, tmp_pa
         torch.manual_seed(3)
         logits = model(IDS) if model is ours else model(IDS).logits
         nn.functional.cross_entropy(logits.flatten(0, 1).to(logits.dtype), IDS.flip(1).flatten()).backward()
-    if dropout:  # masks of float64 are drawn otherwise: compare the two fp32 models alone
+    if dropout:  # masks of float64 are drawn otherwise: compare the two fp32 models, sums of as many terms
         for path, layer in lora_layers(ours).items():
-            layer_there = their_layers(theirs)[path]
-            torch.testing.assert_close(layer.lora_A["default"].grad, layer_there.lora_A["default"].weight.grad)
-            torch.testing.assert_close(layer.lora_B["default"].grad, layer_there.lora_B["default"].weight.grad)
+            for half in ("lora_A", "lora_B"):
+                found = getattr(layer, half)["default"].grad
+                there = getattr(their_layers(theirs)[path], half)["default"].weight.grad
+                terms = IDS.numel() * max(found.shape)
+                assert (found - there).norm() <= terms * torch.finfo(torch.float32).eps * there.norm(), path
         return
     for path, layer in lora_layers(ours).items():
         for half in ("lora_A", "lora_B"):
