@@ -1,8 +1,8 @@
 /* simd.h: what the kernels need of a vector unit. Everything else is written once, in the vector types of GCC and Clang.
 
    kernels.c is compiled once per instruction set, with -DISA_AVX512, -DISA_AVX2 or neither (portable: SSE2, NEON or
-   whatever the compiler has), and each time its functions carry the set's name. Only decode32, fma and the fp16
-   conversions differ.
+   whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma and changes
+   of width differ.
 
    decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book.
      AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
@@ -40,10 +40,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bvec __attribute__((vector_size(LANES)));
 typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t hvec_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 INLINE vec load(const float *p) { return *(const vec_at *)p; }
 INLINE void store(float *p, vec v) { *(vec_at *)p = v; }
@@ -69,6 +66,63 @@ INLINE vec every(float s) { return (vec){s, s, s, s}; }
 #else
 INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec every(float s) { return (vec){s, s, s, s}; }
+#endif
+
+/* table[index] in every lane, of 8 entries, or (take16) of 16. The upper bits of an index must be 0. */
+#if defined(ISA_AVX512)
+INLINE vec take16(const float *table, ivec index) {
+    return (vec)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+}
+INLINE vec take8(const float *table, ivec index) {
+    __m512 twice = _mm512_broadcast_f32x8(_mm256_loadu_ps(table));
+    return (vec)_mm512_permutexvar_ps((__m512i)index, twice);
+}
+#elif defined(ISA_AVX2)
+INLINE vec take8(const float *table, ivec index) {
+    return (vec)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+}
+INLINE vec take16(const float *table, ivec index) {
+    return choose(index > 7, take8(table + 8, index), take8(table, index)); /* VPERMPS reads 3 bits of an index */
+}
+#else
+INLINE vec take16(const float *table, ivec index) {
+    vec taken;
+    for (int j = 0; j < LANES; j++) taken[j] = table[index[j]];
+    return taken;
+}
+INLINE vec take8(const float *table, ivec index) { return take16(table, index); }
+#endif
+
+/* The low byte or the low half of every lane, one after another; and halves, widened. (What compilers make of
+   __builtin_convertvector here takes LANES scalars apart.) */
+#if defined(ISA_AVX512)
+INLINE void store_low8(uint8_t *p, ivec v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void store_low16(uint16_t *p, uvec v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE uvec load_wide16(const uint16_t *p) {
+    return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+}
+#elif defined(ISA_AVX2)
+INLINE void store_low8(uint8_t *p, ivec v) {
+    const __m256i low = _mm256_set1_epi32(0x0c080400);
+    __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low);
+    _mm_storel_epi64((__m128i *)p,
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+INLINE void store_low16(uint16_t *p, uvec v) { /* v holds nothing but low halves: packing would saturate more */
+    __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+INLINE uvec load_wide16(const uint16_t *p) {
+    return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+#else
+INLINE void store_low8(uint8_t *p, ivec v) {
+    for (int j = 0; j < LANES; j++) p[j] = (uint8_t)v[j];
+}
+INLINE void store_low16(uint16_t *p, uvec v) {
+    for (int j = 0; j < LANES; j++) p[j] = (uint16_t)v[j];
+}
+INLINE uvec load_wide16(const uint16_t *p) { return (uvec){p[0], p[1], p[2], p[3]}; }
 #endif
 
 /* codebook: the 16 levels, as the unit looks them up. */
