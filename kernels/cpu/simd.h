@@ -4,7 +4,8 @@
    whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma and changes
    of width differ.
 
-   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book.
+   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode32_mixed
+   gives place j the level of weight MIXED(j).
      AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
                16 bytes. 4 shuffles look up 32 weights, 8 unpacks put their bytes together again.
      AVX-512   VPERMPS is a table of 16 floats.
@@ -163,14 +164,7 @@ INLINE codebook load_codebook(const float *level) {
     return code;
 }
 
-INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
-    /* Each byte twice, its two weights' places; which bytes go to which half is what the unpacks below ask for. */
-    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
-                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
-    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    bytes = _mm256_shuffle_epi8(bytes, twice);
-    __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
-    __m256i index = _mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)));
+INLINE void look_up32(__m256i index, const codebook *code, vec *levels) {
     __m256i b0 = _mm256_shuffle_epi8(code->plane[0], index), b1 = _mm256_shuffle_epi8(code->plane[1], index);
     __m256i b2 = _mm256_shuffle_epi8(code->plane[2], index), b3 = _mm256_shuffle_epi8(code->plane[3], index);
     __m256i lo01 = _mm256_unpacklo_epi8(b0, b1), lo23 = _mm256_unpacklo_epi8(b2, b3);
@@ -180,6 +174,24 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     levels[2] = (vec)_mm256_unpacklo_epi16(hi01, hi23);
     levels[3] = (vec)_mm256_unpackhi_epi16(hi01, hi23);
 }
+
+INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
+    /* Each byte twice, its two weights' places; which bytes go to which half is what the unpacks ask for. */
+    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    bytes = _mm256_shuffle_epi8(bytes, twice);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
+    look_up32(_mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00))), code, levels);
+}
+
+/* Cheaper: high nibbles in one half, low ones in the other, so that of every 8 weights the even ones come first. */
+INLINE void decode32_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
+    const __m256i shift = _mm256_setr_epi64x(4, 4, 0, 0);
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    look_up32(_mm256_and_si256(_mm256_srlv_epi64(bytes, shift), _mm256_set1_epi8(0x0f)), code, levels);
+}
+#define MIXED(j) ((j) / 8 * 8 + ((j) % 4) * 2 + ((j) % 8) / 4)
 
 #else
 
@@ -202,6 +214,11 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     for (int i = 0; i < 16; i++) memcpy((float *)levels + 2 * i, code->pair[packed[i]], 8);
 }
 
+#endif
+
+#ifndef MIXED
+#define MIXED(j) (j)
+#define decode32_mixed decode32
 #endif
 
 #endif
