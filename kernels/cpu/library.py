@@ -45,7 +45,7 @@ class Product(ctypes.Structure):
 class Nearest(ctypes.Structure):
     """quantize.h: nearest."""
 
-    _fields_ = (("midpoints", c_float * 15), ("index", c_int32 * 16))
+    _fields_ = (("midpoints", c_float * 8 * 4), ("index", c_int32 * 16))
 
 
 class Library:

@@ -9,27 +9,35 @@ enum { SMALL = 8, SMALL_OUT = 32, L1_FLOATS = 4096 };
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
 INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / 32 * 32; }
 
-/* The scale of every 32 weights from weight `first` on. */
-INLINE void group_scales(const weight *q, int64_t first, int64_t groups, float *scales) {
-    for (int64_t group = 0; group < groups;) {
-        int64_t block = (first + 32 * group) >> q->shift;
-        int64_t end = smaller(groups, (((block + 1) << q->shift) - first) >> 5);
-        for (float scale = block_scale(q, block); group < end; group++) scales[group] = scale;
+/* Scales of blocks first … first + n - 1. The fields are copied: the compiler cannot know that `scales` overlaps none. */
+INLINE void scales_of(const weight *q, int64_t first, int64_t n, float *scales) {
+    if (q->absmax) {
+        memcpy(scales, q->absmax + first, 4 * (size_t)n);
+        return;
+    }
+    const uint8_t *index = q->absmax_8bit;
+    const float *code = q->absmax_code, offset = *q->absmax_offset;
+    for (int64_t block = first, stop = first + n; block < stop;) {
+        float scale2 = q->absmax2[block >> q->shift2];
+        int64_t end = smaller(stop, ((block >> q->shift2) + 1) << q->shift2);
+        for (; block < end; block++) scales[block - first] = code[index[block]] * scale2 + offset;
     }
 }
 
-/* sums[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 32 · groups. x is [group][m][32]; first is a multiple of 32. */
+/* sums[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 32 · groups. x is [group][m][32], in the order of
+   decode32_mixed; first is a multiple of 32. */
 INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t groups, float *sums,
                     const int M) {
     enum { VECS = 32 / LANES };
+    const int64_t per_block = q->shift - 5, start = first >> 5, first_block = first >> q->shift;
     float scales[L1_FLOATS / 32];
     vec acc[SMALL][2];
-    group_scales(q, first, groups, scales);
+    scales_of(q, first_block, ((first + 32 * groups - 1) >> q->shift) + 1 - first_block, scales);
     for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){0};
     const uint8_t *packed = q->packed + (first >> 1);
     for (int64_t group = 0; group < groups; group++, packed += 16, x += 32 * M) {
-        vec levels[VECS], scale = every(scales[group]);
-        decode32(packed, code, levels);
+        vec levels[VECS], scale = every(scales[((start + group) >> per_block) - first_block]);
+        decode32_mixed(packed, code, levels);
         if (M == 1) {
             vec part = levels[0] * load(x);
             for (int j = 1; j < VECS; j++) part = fma_(levels[j], load(x + j * LANES), part);
@@ -86,8 +94,11 @@ static void few_rows_tile_of(const product *p, const codebook *code, const float
 
 static void few_rows(const product *p) {
     for (int64_t k = 0; k < p->K; k += 32)
-        for (int64_t m = 0; m < p->M; m++)
-            read_row(p->x, p->dtype, m * p->K + k, 32, p->workspace + (k * p->M + m * 32));
+        for (int64_t m = 0; m < p->M; m++) {
+            float row[32], *mixed = p->workspace + (k * p->M + m * 32);
+            read_row(p->x, p->dtype, m * p->K + k, 32, row);
+            for (int j = 0; j < 32; j++) mixed[j] = row[MIXED(j)];
+        }
     const codebook code = load_codebook(p->q->code);
 #pragma omp parallel for num_threads(p->threads) schedule(static)
     for (int64_t n0 = 0; n0 < p->N; n0 += SMALL_OUT) few_rows_tile_of(p, &code, p->workspace, n0);

@@ -11,6 +11,7 @@ by one thread.
 """
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def quantize_cpu(
     code = shared_map(codebook(quant_type), flat.device)
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
-    lib, nearest, threads = load(), ctypes.byref(_nearest(code)), torch.get_num_threads()
+    lib, nearest, threads = load(), ctypes.byref(_nearest(quant_type)), torch.get_num_threads()
     arguments = (flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, nearest)
     if lib.quantize(*arguments, packed.data_ptr(), absmax.data_ptr(), threads):
         raise ValueError("quantize needs finite weights, found NaN or infinity")
@@ -113,16 +114,19 @@ def _double_quantize(absmax: Tensor) -> dict[str, Tensor | None]:
     }
 
 
-def _nearest(code: Tensor) -> Nearest:
-    """The levels in order: midpoints between them (+inf beyond the last), and their indices (±0: the lower one)."""
+@lru_cache
+def _nearest(quant_type: str) -> Nearest:
+    """The levels in order: a search tree over the midpoints between them, and their indices (±0: the lower one)."""
+    code = codebook(quant_type)
     levels = torch.unique(code)
     index = (code[None, :] == levels[:, None]).int().argmax(dim=1).tolist()
-    midpoints = ((levels[:-1] + levels[1:]) / 2).tolist()
     missing = 16 - len(levels)
-    return Nearest(
-        (ctypes.c_float * 15)(*midpoints, *[float("inf")] * missing),
-        (ctypes.c_int32 * 16)(*index, *[index[-1]] * missing),
-    )
+    midpoints = [*((levels[:-1] + levels[1:]) / 2).tolist(), *[float("inf")] * missing]
+    tree = Nearest(index=(ctypes.c_int32 * 16)(*index, *[index[-1]] * missing))
+    for step in range(4):
+        compared = midpoints[(8 >> step) - 1 :: 16 >> step]  # 7; 3, 11; 1, 5, 9, 13; 0, 2, …
+        tree.midpoints[step][: len(compared)] = compared
+    return tree
 
 
 @register("matmul", "cpu", unless=why_not_product)

@@ -19,41 +19,38 @@ void FOR_ISA(dequantize)(const weight *q, void *out, int dtype, int threads) {
     }
 }
 
-/* The levels of a code book in order: 15 midpoints (+inf where it has fewer levels), and the index of each level. */
+/* A search tree over the 15 midpoints between the levels in order (+inf where a code book has fewer): step s compares
+   with one of its 2^s midpoints. Then the index of each level, as bits of a float. */
 typedef struct {
-    float midpoints[15];
-    int32_t index[16];
+    float midpoints[4][8];
+    float index[16];
 } nearest;
 
-/* index[how many midpoints lie strictly below x]: index[0] and a step for every midpoint passed. */
+/* The index of the nearest level: how many midpoints lie strictly below x, found bit by bit. */
 INLINE ivec nearest_index(vec x, const nearest *code) {
-    ivec index = (ivec){0} + code->index[0];
-    for (int j = 0; j < 15; j++)
-        index += (ivec)(x > every(code->midpoints[j])) & (code->index[j + 1] - code->index[j]);
-    return index;
+    ivec below = (ivec)(x > every(code->midpoints[0][0])) & 1;
+    for (int step = 1; step < 4; step++) below = below * 2 - (ivec)(x > take8(code->midpoints[step], below));
+    return (ivec)take16(code->index, below);
 }
 
-/* max |x| of a block padded with zeros to whole vectors; NaN when the block holds NaN or infinity. */
+/* max |x| of a block padded with zeros to whole vectors; not finite when the block holds NaN or infinity. The bits of
+   magnitudes are ordered as their values are, and infinity and NaN lie above all others. */
 INLINE float block_absmax(const float *x, int64_t n) {
-    vec most = {0}, bad = {0};
+    ivec most = {0};
     for (int64_t i = 0; i < n; i += LANES) {
-        vec v = load(x + i), size = magnitude(v);
-        most = choose((ivec)(size > most), size, most);
-        bad += v * 0.0f;
+        ivec size = (ivec)magnitude(load(x + i)), larger = (ivec)(size > most);
+        most = (size & larger) | (most & ~larger);
     }
-    float result = 0;
-    for (int j = 0; j < LANES; j++) {
-        if (bad[j] != 0) return NAN;
-        if (most[j] > result) result = most[j];
-    }
+    int32_t bits = 0;
+    for (int j = 0; j < LANES; j++) bits = most[j] > bits ? most[j] : bits;
+    float result;
+    memcpy(&result, &bits, 4);
     return result;
 }
 
-INLINE void quantize_block(const float *x, int64_t n, float inverse, const nearest *code, uint8_t *packed) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        bvec index = __builtin_convertvector(nearest_index(load(x + i) * inverse, code), bvec);
-        for (int j = 0; j < LANES / 2; j++) packed[i / 2 + j] = (uint8_t)(index[2 * j] << 4 | index[2 * j + 1]);
-    }
+INLINE void quantize_block(const float *x, int64_t n, float inverse, const nearest *code, uint8_t *indices) {
+    for (int64_t i = 0; i < n; i += LANES)
+        store_low8(indices + i, nearest_index(load(x + i) * inverse, code));
 }
 
 /* x (n,) → packed (⌈n/2⌉,) and absmax (⌈n/blocksize⌉,). Returns 1 when x holds NaN or infinity. */
@@ -65,18 +62,19 @@ int FOR_ISA(quantize)(const void *x, int dtype, int64_t n, int64_t blocksize, co
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         int64_t first = chunk * CHUNK, length = n - first < CHUNK ? n - first : CHUNK;
         float values[CHUNK];
-        uint8_t bytes[CHUNK / 2];
+        uint8_t indices[CHUNK], bytes[CHUNK / 2];
         int64_t padded = (length + 31) / 32 * 32;
         read_row(x, dtype, first, length, values);
         for (int64_t i = length; i < padded; i++) values[i] = 0;
         for (int64_t i = 0; i < padded; i += blocksize) {
             int64_t block = padded - i < blocksize ? padded - i : blocksize;
             float most = block_absmax(values + i, block), inverse = 1 / most;
-            if (most != most) bad |= 1;
+            bad |= !isfinite(most);
             if (!isfinite(inverse)) most = inverse = 0;
             absmax[(first + i) / blocksize] = most;
-            quantize_block(values + i, block, inverse, code, bytes + i / 2);
+            quantize_block(values + i, block, inverse, code, indices + i);
         }
+        for (int64_t i = 0; i < padded / 2; i++) bytes[i] = (uint8_t)(indices[2 * i] << 4 | indices[2 * i + 1]);
         memcpy(packed + first / 2, bytes, (size_t)(length + 1) / 2);
     }
     return bad;

@@ -1,10 +1,11 @@
 /* simd.h: what the kernels need of a vector unit. Everything else is written once, in the vector types of GCC and Clang.
 
    kernels.c is compiled once per instruction set, with -DISA_AVX512, -DISA_AVX2 or neither (portable: SSE2, NEON or
-   whatever the compiler has), and each time its functions carry the set's name. Only decode32, fma and the fp16
-   conversions differ.
+   whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma and changes
+   of width differ.
 
-   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book.
+   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode32_mixed
+   gives place j the level of weight MIXED(j).
      AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
                16 bytes. 4 shuffles look up 32 weights, 8 unpacks put their bytes together again.
      AVX-512   VPERMPS is a table of 16 floats.
@@ -40,10 +41,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bvec __attribute__((vector_size(LANES)));
 typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t hvec_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 INLINE vec load(const float *p) { return *(const vec_at *)p; }
 INLINE void store(float *p, vec v) { *(vec_at *)p = v; }
@@ -69,6 +67,63 @@ INLINE vec every(float s) { return (vec){s, s, s, s}; }
 #else
 INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec every(float s) { return (vec){s, s, s, s}; }
+#endif
+
+/* table[index] in every lane, of 8 entries, or (take16) of 16. The upper bits of an index must be 0. */
+#if defined(ISA_AVX512)
+INLINE vec take16(const float *table, ivec index) {
+    return (vec)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+}
+INLINE vec take8(const float *table, ivec index) {
+    __m512 twice = _mm512_broadcast_f32x8(_mm256_loadu_ps(table));
+    return (vec)_mm512_permutexvar_ps((__m512i)index, twice);
+}
+#elif defined(ISA_AVX2)
+INLINE vec take8(const float *table, ivec index) {
+    return (vec)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+}
+INLINE vec take16(const float *table, ivec index) {
+    return choose(index > 7, take8(table + 8, index), take8(table, index)); /* VPERMPS reads 3 bits of an index */
+}
+#else
+INLINE vec take16(const float *table, ivec index) {
+    vec taken;
+    for (int j = 0; j < LANES; j++) taken[j] = table[index[j]];
+    return taken;
+}
+INLINE vec take8(const float *table, ivec index) { return take16(table, index); }
+#endif
+
+/* The low byte or the low half of every lane, one after another; and halves, widened. (What compilers make of
+   __builtin_convertvector here takes LANES scalars apart.) */
+#if defined(ISA_AVX512)
+INLINE void store_low8(uint8_t *p, ivec v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void store_low16(uint16_t *p, uvec v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE uvec load_wide16(const uint16_t *p) {
+    return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+}
+#elif defined(ISA_AVX2)
+INLINE void store_low8(uint8_t *p, ivec v) {
+    const __m256i low = _mm256_set1_epi32(0x0c080400);
+    __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low);
+    _mm_storel_epi64((__m128i *)p,
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+INLINE void store_low16(uint16_t *p, uvec v) { /* v holds nothing but low halves: packing would saturate more */
+    __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+INLINE uvec load_wide16(const uint16_t *p) {
+    return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+#else
+INLINE void store_low8(uint8_t *p, ivec v) {
+    for (int j = 0; j < LANES; j++) p[j] = (uint8_t)v[j];
+}
+INLINE void store_low16(uint16_t *p, uvec v) {
+    for (int j = 0; j < LANES; j++) p[j] = (uint16_t)v[j];
+}
+INLINE uvec load_wide16(const uint16_t *p) { return (uvec){p[0], p[1], p[2], p[3]}; }
 #endif
 
 /* codebook: the 16 levels, as the unit looks them up. */
@@ -109,14 +164,7 @@ INLINE codebook load_codebook(const float *level) {
     return code;
 }
 
-INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
-    /* Each byte twice, its two weights' places; which bytes go to which half is what the unpacks below ask for. */
-    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
-                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
-    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    bytes = _mm256_shuffle_epi8(bytes, twice);
-    __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
-    __m256i index = _mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00)));
+INLINE void look_up32(__m256i index, const codebook *code, vec *levels) {
     __m256i b0 = _mm256_shuffle_epi8(code->plane[0], index), b1 = _mm256_shuffle_epi8(code->plane[1], index);
     __m256i b2 = _mm256_shuffle_epi8(code->plane[2], index), b3 = _mm256_shuffle_epi8(code->plane[3], index);
     __m256i lo01 = _mm256_unpacklo_epi8(b0, b1), lo23 = _mm256_unpacklo_epi8(b2, b3);
@@ -126,6 +174,24 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     levels[2] = (vec)_mm256_unpacklo_epi16(hi01, hi23);
     levels[3] = (vec)_mm256_unpackhi_epi16(hi01, hi23);
 }
+
+INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
+    /* Each byte twice, its two weights' places; which bytes go to which half is what the unpacks ask for. */
+    const __m256i twice = _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13,
+                                           2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15);
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    bytes = _mm256_shuffle_epi8(bytes, twice);
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi16(0x000f));
+    look_up32(_mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00))), code, levels);
+}
+
+/* Cheaper: high nibbles in one half, low ones in the other, so that of every 8 weights the even ones come first. */
+INLINE void decode32_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
+    const __m256i shift = _mm256_setr_epi64x(4, 4, 0, 0);
+    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    look_up32(_mm256_and_si256(_mm256_srlv_epi64(bytes, shift), _mm256_set1_epi8(0x0f)), code, levels);
+}
+#define MIXED(j) ((j) / 8 * 8 + ((j) % 4) * 2 + ((j) % 8) / 4)
 
 #else
 
@@ -148,6 +214,11 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     for (int i = 0; i < 16; i++) memcpy((float *)levels + 2 * i, code->pair[packed[i]], 8);
 }
 
+#endif
+
+#ifndef MIXED
+#define MIXED(j) (j)
+#define decode32_mixed decode32
 #endif
 
 #endif

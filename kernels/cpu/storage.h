@@ -88,16 +88,14 @@ INLINE float from_fp16(uint16_t h) {
     return x;
 }
 
-INLINE vec load_bf16(const uint16_t *p) {
-    return (vec)(__builtin_convertvector((hvec) * (const hvec_at *)p, uvec) << 16);
-}
+INLINE vec load_bf16(const uint16_t *p) { return (vec)(load_wide16(p) << 16); }
 
 INLINE void store_bf16(uint16_t *p, vec v) {
     uvec u = (uvec)v;
     ivec nan = (ivec)(((ivec)v & 0x7fffffff) > 0x7f800000);
     u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     u = ((uvec)nan & 0x7fc0) | (~(uvec)nan & u);
-    *(hvec_at *)p = __builtin_convertvector(u, hvec);
+    store_low16(p, u);
 }
 
 /* n numbers from element `at` of a row, as fp32. */
