@@ -55,6 +55,7 @@ def compare(kind: str, batch_size: int, rounds: int, dtype: str) -> list[dict[st
     rows = task_rows(kind)
     examples = encode_dataset(tokenizer, rows, detect(rows, kind), max_seq_length=2048, path=kind).examples
     lengths = [len(example.ids) for example in examples]
+    learnt_share = sum(example.n_learnt for example in examples) / sum(lengths)
     arms = {
         "padded": (DataOrder(lengths, 0), batch_size),
         "grouped": (DataOrder(lengths, 0, group=batch_size), batch_size),
@@ -70,7 +71,7 @@ def compare(kind: str, batch_size: int, rounds: int, dtype: str) -> list[dict[st
             if turn >= 0:
                 found[arm].append(result)
     table = [
-        {"rows": kind, "dtype": dtype, "batch_size": batch_size, "arm": arm} | summary(steps)
+        {"rows": kind, "dtype": dtype, "batch_size": batch_size, "arm": arm} | summary(steps, learnt_share)
         for arm, steps in found.items()
     ]
     for row in table:
@@ -78,9 +79,10 @@ def compare(kind: str, batch_size: int, rounds: int, dtype: str) -> list[dict[st
     return table
 
 
-def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(steps: list[dict[str, Any]], learnt_share: float) -> dict[str, Any]:
+    """Text tokens a second, times the share of them that is learnt in the whole data: steps differ in it by chance."""
     windows: list[Window] = [one["window"] for one in steps]
-    speeds = sorted(one["window"].learnt_tokens / one["seconds"] for one in steps)
+    speeds = sorted(learnt_share * one["window"].tokens / one["seconds"] for one in steps)
     p20, p80 = (speeds[round(q * (len(speeds) - 1))] for q in (0.2, 0.8))
     return {
         "examples_a_step": round(statistics.mean(window.examples for window in windows), 1),
