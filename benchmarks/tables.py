@@ -28,36 +28,39 @@ def rounded(column: str) -> Column:
     return lambda row: f"{float(row[column]):.0f}"
 
 
+def plain(column: str) -> Column:
+    return lambda row: row[column]
+
+
+def fixed(column: str, digits: int) -> Column:
+    return lambda row: f"{float(row[column]):.{digits}f}"
+
+
 TABLES: dict[str, dict[str, Column]] = {
     "train_step": {
-        "QLoRA step": lambda row: row["arm"],
-        "dtype": lambda row: row["dtype"],
+        "QLoRA step": plain("arm"),
+        "dtype": plain("dtype"),
         "checkpointing": lambda row: "yes" if row["checkpointed"] == "True" else "no",
         "tokens/s": rounded("tokens_per_second"),
-        "speed ×": lambda row: f"{row['speed_ratio']}",
+        "speed ×": plain("speed_ratio"),
         "peak memory": gigabytes("peak_process_bytes"),
-        "memory ×": lambda row: f"{row['memory_ratio']}",
+        "memory ×": plain("memory_ratio"),
         "live tensors": gigabytes("live_tensor_bytes"),
     },
     "matmul": {
-        "M × N × K": lambda row: f"{row['M']} × {row['N']} × {row['K']}",
-        "passes": lambda row: row["passes"],
-        "who": lambda row: row["arm"],
-        "with": lambda row: row["backend"] if row["arm"] == "ours" else "",
-        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
-        "× dense": lambda row: row["ratio"],
+        "product": lambda row: f"{row['passes']}, M = {row['M']}",
+        "by": plain("arm"),
+        "ms": fixed("p50_ms", 1),
+        "time ×": fixed("ratio", 2),
     },
-    "dequantize": {
-        "N × K": lambda row: f"{row['N']} × {row['K']}",
-        "who": lambda row: row["arm"],
-        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
-        "× copy": lambda row: row["ratio"],
-    },
-    "quantize": {
-        "N × K": lambda row: f"{row['N']} × {row['K']}",
-        "who": lambda row: row["arm"],
-        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
-        "× bitsandbytes": lambda row: row["ratio"],
+    "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
+    "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
+    "packing": {
+        "rows": plain("rows"),
+        "batches": plain("arm"),
+        "padding": lambda row: f"{float(row['padding']):.0%}",
+        "learnt tokens/s": rounded("learnt_tokens_per_second"),
+        "speed ×": plain("ratio"),
     },
 }
 
@@ -67,9 +70,8 @@ def markdown(name: str, rows: list[Row]) -> str:
     columns = TABLES[name]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
-    measured = {
-        f"{row['machine']}, torch {row['torch']}, {row['peer_versions']}, commit {row['commit']}" for row in rows
-    }
+    names = {"machine": "", "backend": "", "torch": "torch ", "peer_versions": "", "commit": "commit "}
+    measured = {", ".join(name + row[fact] for fact, name in names.items() if row.get(fact)) for row in rows}
     return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(measured))}.", ""])
 
 
