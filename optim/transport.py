@@ -1,0 +1,180 @@
+"""Between two tiers of memory: what moves a page from the fast one to the slow one and back.
+
+    HostTransport     GPU → pinned memory of the host, on a stream of its own (CPU → a second pool: frees nothing)
+    FolderTransport   CPU → a file in a folder: the memory is really freed, and the file goes when its process does
+    SlowTransport     a pretended slow device with a set bandwidth and latency, for tests and for teaching
+
+The page table (pages.py) calls `read` and `write` from one thread at a time. A frame is a page's place in the fast tier:
+uint8 (page_bytes,). What it is given here may be shorter: the part of it that is used.
+
+The stream of HostTransport is written from CUDA's documentation and has not been run on a GPU.
+"""
+
+import errno
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transport(Protocol):
+    """A slow tier."""
+
+    def open(self, n_pages: int, page_bytes: int) -> None:
+        """Called once, before the first page is written. Raises OSError where the slow tier cannot hold n_pages."""
+
+    def new_frame(self, n_bytes: int) -> Tensor:
+        """A place in the fast tier: uint8 (n_bytes,), given back when the last reference to it goes."""
+
+    def used(self) -> None:
+        """What the caller has asked its device to do with frames so far comes before any later read or write."""
+
+    def write(self, page: int, frame: Tensor) -> None:
+        """Fast → slow. Returns when the frame may be overwritten. Raises OSError."""
+
+    def read(self, page: int, frame: Tensor) -> None:
+        """Slow → fast. Returns when the frame holds the page. Raises OSError."""
+
+    def close(self) -> None:
+        """Give the slow tier's memory back."""
+
+
+def frame_on(device: torch.device, n_bytes: int) -> Tensor:
+    """uint8 (n_bytes,). On a CPU straight from the system, so that it goes back there: malloc may keep what it gets."""
+    if device.type != "cpu":
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, n_bytes, **private), dtype=torch.uint8)
+
+
+class HostTransport:
+    """Pages that are not in the fast tier lie in the memory of the host: pinned, where the fast tier is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pages = device, dict[int, Tensor]()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.done: torch.cuda.Event | None = None
+
+    def open(self, n_pages: int, page_bytes: int) -> None:
+        pass
+
+    def new_frame(self, n_bytes: int) -> Tensor:
+        return frame_on(self.device, n_bytes)
+
+    def used(self) -> None:
+        if self.stream is not None:
+            self.done = torch.cuda.Event()
+            self.done.record(torch.cuda.current_stream(self.device))
+
+    def write(self, page: int, frame: Tensor) -> None:
+        if page not in self.pages:
+            self.pages[page] = torch.empty(len(frame), dtype=torch.uint8, pin_memory=self.stream is not None)
+        self._copy(self.pages[page], frame)
+
+    def read(self, page: int, frame: Tensor) -> None:
+        self._copy(frame, self.pages[page])
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        if self.stream is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self.stream):
+            if self.done is not None:
+                self.stream.wait_event(self.done)
+            target.copy_(source, non_blocking=True)
+        self.stream.synchronize()  # of this stream alone: the device goes on with the page in use
+
+    def close(self) -> None:
+        self.pages.clear()
+
+
+class FolderTransport:
+    """One file, a slot a page. It has no name, so that nothing is left behind, however the process ends."""
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        self.folder, self.device = Path(folder), device
+
+    def open(self, n_pages: int, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # open until close()
+            _reserve(self.file.fileno(), n_pages * page_bytes)
+        except OSError as error:
+            self.close()
+            what = f"the spill folder {self.folder} must take {n_pages * page_bytes:,} bytes of optimizer state"
+            raise OSError(error.errno, f"{what}: {os.strerror(error.errno or 0)}") from None
+
+    def new_frame(self, n_bytes: int) -> Tensor:
+        return frame_on(self.device, n_bytes)
+
+    def used(self) -> None:
+        pass
+
+    def write(self, page: int, frame: Tensor) -> None:
+        self.file.seek(page * self.page_bytes)
+        left = memoryview(frame.cpu().numpy())
+        while left:
+            left = left[self.file.write(left) :]
+
+    def read(self, page: int, frame: Tensor) -> None:
+        self.file.seek(page * self.page_bytes)
+        host = frame.cpu()
+        left = memoryview(host.numpy())
+        while left:
+            n_bytes = self.file.readinto(left)
+            if not n_bytes:
+                raise OSError(errno.EIO, f"the spill file in {self.folder} ends before page {page}")
+            left = left[n_bytes:]
+        if host is not frame:
+            frame.copy_(host)
+
+    def close(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def _reserve(file: int, n_bytes: int) -> None:
+    """Take the room now, where the system can: a disk that is too full is noticed before training, not in it."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, n_bytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+
+
+class SlowTransport:
+    """Each transfer takes latency + bytes / bandwidth seconds, and moves the bytes for real."""
+
+    def __init__(self, *, bytes_per_second: float = float("inf"), latency: float = 0.0) -> None:
+        self.bytes_per_second, self.latency = bytes_per_second, latency
+        self.pages: dict[int, Tensor] = {}
+
+    def open(self, n_pages: int, page_bytes: int) -> None:
+        pass
+
+    def new_frame(self, n_bytes: int) -> Tensor:
+        return frame_on(torch.device("cpu"), n_bytes)
+
+    def used(self) -> None:
+        pass
+
+    def write(self, page: int, frame: Tensor) -> None:
+        self._take_time(len(frame))
+        self.pages[page] = frame.clone()
+
+    def read(self, page: int, frame: Tensor) -> None:
+        self._take_time(len(frame))
+        frame.copy_(self.pages[page])
+
+    def _take_time(self, n_bytes: int) -> None:
+        time.sleep(self.latency + n_bytes / self.bytes_per_second)
+
+    def close(self) -> None:
+        self.pages.clear()
