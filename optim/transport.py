@@ -4,8 +4,8 @@
     FolderTransport   CPU → a file in a folder: the memory is really freed, and the file goes when its process does
     SlowTransport     a pretended slow device with a set bandwidth and latency, for tests and for teaching
 
-The page table (pages.py) calls `read` and `write` from one thread at a time. A frame is a page's place in the fast tier:
-uint8 (page_bytes,). What it is given here may be shorter: the part of it that is used.
+The page table (pages.py) calls `read` and `write` from one thread at a time. A frame is a page's place in the fast
+tier: uint8 (page_bytes,). What it is given here may be shorter: the part of it that is used.
 
 The stream of HostTransport is written from CUDA's documentation and has not been run on a GPU.
 """
@@ -15,6 +15,7 @@ import mmap
 import os
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +51,17 @@ def frame_on(device: torch.device, n_bytes: int) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, n_bytes, **private), dtype=torch.uint8)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What the device has free now; on a CPU, what the system says it can give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class HostTransport:
@@ -103,7 +115,8 @@ class FolderTransport:
         self.page_bytes = page_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # open until close()
+            self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # open as long as self is
+            weakref.finalize(self, self.file.close)
             _reserve(self.file.fileno(), n_pages * page_bytes)
         except OSError as error:
             self.close()
@@ -118,14 +131,14 @@ class FolderTransport:
 
     def write(self, page: int, frame: Tensor) -> None:
         self.file.seek(page * self.page_bytes)
-        left = memoryview(frame.cpu().numpy())
+        left = frame.cpu().numpy().data
         while left:
             left = left[self.file.write(left) :]
 
     def read(self, page: int, frame: Tensor) -> None:
         self.file.seek(page * self.page_bytes)
         host = frame.cpu()
-        left = memoryview(host.numpy())
+        left = host.numpy().data
         while left:
             n_bytes = self.file.readinto(left)
             if not n_bytes:
