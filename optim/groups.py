@@ -2,8 +2,8 @@
 
 Decay shrinks a weight towards zero. For a matrix that is a prior; for a norm's gain it would scale the layer away.
 
-LoRA+ (arXiv 2402.12354): η_B = ratio · η_A. With one rate for both, the features of wide models are hardly learnt: A and
-B should move at rates that grow apart with the width. The paper suggests a ratio about 16.
+LoRA+ (arXiv 2402.12354): η_B = ratio · η_A. With one rate for both, the features of wide models are hardly learnt: A
+and B should move at rates that grow apart with the width. The paper suggests a ratio about 16.
 """
 
 from collections.abc import Iterable
