@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"qlora {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"qlora {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"qlora {name}: {stopped or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
