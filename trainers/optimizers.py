@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optim import PagedAdamW, decay_groups, loraplus_groups
+from optim.paged_adamw import PAGE_BYTES
 
 OPTIMIZERS = ("adamw", "paged_adamw", "paged_adamw_8bit")
 
@@ -42,6 +43,7 @@ def make_optimizer(flags: OptimizerFlags, parameters: Sequence[tuple[str, nn.Par
         groups,
         lr=flags.peak_rate,
         state_bits=8 if flags.optimizer == "paged_adamw_8bit" else 32,
+        page_bytes=PAGE_BYTES,
         device_budget=flags.optimizer_budget,
         spill=flags.optimizer_spill or (Path(flags.out) / "spill" if on_cpu else "cpu"),
     )
