@@ -29,7 +29,7 @@ from .state_8bit import STATE_BITS, is_8bit, state_fields
 from .state_file import StateFile, write_state_file
 from .transport import FolderTransport, HostTransport, Transport, free_bytes
 
-PAGE_BYTES = 2 * 2**20
+PAGE_BYTES = 8 * 2**20  # a call of the C step wakes threads: with 2 MiB that costs about half of the step
 STATE_FILE = "optimizer.safetensors"
 NOT_HERE = ("amsgrad", "maximize", "differentiable")  # torch's options that change the update
 
@@ -145,7 +145,12 @@ class PagedAdamW(torch.optim.Optimizer):
                 budget = free_bytes(device) // 2
             transport = self.transport or self._transport(device)
             self.table = PageTable(used, self.page_bytes, transport, budget=int(budget), prefetch=self.prefetch)
-            if self.spill == "cpu" and device.type == "cpu" and self.table.n_frames < len(used):
+            if (
+                self.transport is None
+                and self.spill == "cpu"
+                and device.type == "cpu"
+                and self.table.n_frames < len(used)
+            ):
                 logging.getLogger("qlora").warning(
                     "the optimizer's pages are spilled from CPU memory to CPU memory: this frees nothing; name a folder"
                 )

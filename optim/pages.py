@@ -82,6 +82,8 @@ class PageTable:
         least = 2 if prefetch else 1
         self.n_frames = min(len(self.used), max(least, budget // page_bytes))
         self.stats = PageStats()
+        frames = transport.frames(self.n_frames, page_bytes) if used else ()
+        self.free: list[Tensor] = list(reversed(tuple(frames)))
         self.resident: dict[int, Tensor] = {}  # page → frame, the most recently used last
         self.dirty: set[int] = set()
         self.saved: set[int] = set()  # pages that the slow tier holds, old or new
@@ -92,7 +94,7 @@ class PageTable:
 
     @property
     def resident_bytes(self) -> int:
-        """Of fast memory taken, by whole frames."""
+        """Of fast memory in use, by whole frames."""
         return self.page_bytes * (len(self.resident) + (self._arrival is not None))
 
     @property
@@ -126,6 +128,7 @@ class PageTable:
             self._thread.shutdown()
         self._arrival = self._thread = None
         self.resident.clear()
+        self.free.clear()
         self.transport.close()
 
     def _use(self, page: int) -> Tensor:
@@ -148,8 +151,8 @@ class PageTable:
         if page in self.resident:
             return
         victim = None
-        if len(self.resident) < self.n_frames:
-            frame = self.transport.new_frame(self.page_bytes)
+        if self.free:
+            frame = self.free.pop()
         else:
             by_age = [p for p in self.resident if p != in_use]
             victim = by_age[-1] if self.policy == "mru" else by_age[0]
@@ -201,6 +204,8 @@ class PageTable:
         if error is not None:
             if arrival.victim is not None and arrival.saves_victim and not arrival.victim_saved:
                 self.resident[arrival.victim] = arrival.frame  # it could not leave
+            else:
+                self.free.append(arrival.frame)
             raise error
         self.resident[arrival.page] = arrival.frame
         if arrival.page in self.saved:

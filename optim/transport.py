@@ -29,8 +29,8 @@ class Transport(Protocol):
     def open(self, n_pages: int, page_bytes: int) -> None:
         """Called once, before the first page is written. Raises OSError where the slow tier cannot hold n_pages."""
 
-    def new_frame(self, n_bytes: int) -> Tensor:
-        """A place in the fast tier: uint8 (n_bytes,), given back when the last reference to it goes."""
+    def frames(self, n_frames: int, page_bytes: int) -> Tensor:
+        """Places in the fast tier: uint8 (n_frames, page_bytes), given back when the last reference to it goes."""
 
     def used(self) -> None:
         """What the caller has asked its device to do with frames so far comes before any later read or write."""
@@ -45,12 +45,20 @@ class Transport(Protocol):
         """Give the slow tier's memory back."""
 
 
-def frame_on(device: torch.device, n_bytes: int) -> Tensor:
-    """uint8 (n_bytes,). On a CPU straight from the system, so that it goes back there: malloc may keep what it gets."""
+def frames_on(device: torch.device, n_frames: int, page_bytes: int) -> Tensor:
+    """uint8 (n_frames, page_bytes), each frame at a multiple of 64 bytes.
+
+    On a CPU straight from the system: what no page has used yet takes no memory, and all of it goes back there, where
+    malloc may keep what it is given. In one piece, so that the system can use its large pages.
+    """
+    stride = -(-page_bytes // 64) * 64
     if device.type != "cpu":
-        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        return torch.empty(n_frames, stride, dtype=torch.uint8, device=device)[:, :page_bytes]
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, n_bytes, **private), dtype=torch.uint8)
+    memory = mmap.mmap(-1, n_frames * stride, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(n_frames, stride)[:, :page_bytes]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -75,8 +83,8 @@ class HostTransport:
     def open(self, n_pages: int, page_bytes: int) -> None:
         pass
 
-    def new_frame(self, n_bytes: int) -> Tensor:
-        return frame_on(self.device, n_bytes)
+    def frames(self, n_frames: int, page_bytes: int) -> Tensor:
+        return frames_on(self.device, n_frames, page_bytes)
 
     def used(self) -> None:
         if self.stream is not None:
@@ -123,8 +131,8 @@ class FolderTransport:
             what = f"the spill folder {self.folder} must take {n_pages * page_bytes:,} bytes of optimizer state"
             raise OSError(error.errno, f"{what}: {os.strerror(error.errno or 0)}") from None
 
-    def new_frame(self, n_bytes: int) -> Tensor:
-        return frame_on(self.device, n_bytes)
+    def frames(self, n_frames: int, page_bytes: int) -> Tensor:
+        return frames_on(self.device, n_frames, page_bytes)
 
     def used(self) -> None:
         pass
@@ -172,8 +180,8 @@ class SlowTransport:
     def open(self, n_pages: int, page_bytes: int) -> None:
         pass
 
-    def new_frame(self, n_bytes: int) -> Tensor:
-        return frame_on(torch.device("cpu"), n_bytes)
+    def frames(self, n_frames: int, page_bytes: int) -> Tensor:
+        return frames_on(torch.device("cpu"), n_frames, page_bytes)
 
     def used(self) -> None:
         pass

@@ -147,7 +147,7 @@ def test_the_next_page_is_brought_while_this_one_is_worked_on():
 
 def test_a_slow_device_takes_latency_and_bytes_over_bandwidth():
     slow = SlowTransport(bytes_per_second=PAGE / 0.004, latency=0.002)
-    frame = slow.new_frame(PAGE)
+    (frame,) = slow.frames(1, PAGE)
     start = time.perf_counter()
     slow.write(0, frame)
     slow.read(0, frame)
