@@ -5,10 +5,13 @@
 Arms: PagedAdamW with each budget; torch.optim.AdamW (foreach, fused) and bitsandbytes' AdamW8bit, where they run. They
 take turns. Beside the measured time stands the model's,
 
-    step = max(compute, bytes moved / bandwidth)
+    ideal = max(compute, bytes moved / bandwidth)
+    model = hits · c + misses · max(c, transport of a page)              c = compute / pages
 
-with compute the all-resident step's time, the bytes from the exact counters, and the bandwidth measured by walking all
-pages through two frames with no work on them. Bytes in and bytes out share one thread, so they add up.
+with compute the all-resident step's time, bytes, hits and misses from the exact counters, and the bandwidth measured by
+walking all pages through two frames with no work on them. Bytes in and bytes out share one thread, so they add up. The
+model is the ideal where all pages miss, or none; between, it is more, since only one page is fetched ahead, and what
+the hits could hide comes in one row after them.
 """
 
 import sys
@@ -114,14 +117,15 @@ def gate(ours: dict[float, PagedAdamW]) -> None:
 def measured_bandwidth(args: argparse.Namespace, optimizer: PagedAdamW) -> float:
     """Bytes a second through two frames, in and out, with nothing to do in between."""
     table = PageTable([page.used for page in optimizer.pages], args.page_bytes, transport(args), budget=0)
-    for _ in range(2):
-        moved, start = table.stats.bytes_in + table.stats.bytes_out, time.perf_counter()
+    rates = []
+    for _ in range(6):
+        before, start = table.stats.bytes_in + table.stats.bytes_out, time.perf_counter()
         for _ in table.walk(range(len(table.used))):
             pass
-        seconds = time.perf_counter() - start
-    moved = table.stats.bytes_in + table.stats.bytes_out - moved
+        moved = table.stats.bytes_in + table.stats.bytes_out - before
+        rates.append(moved / (time.perf_counter() - start))
     table.close()
-    return moved / seconds
+    return statistics.median(rates[2:])  # the first walks write to a file that has no bytes yet
 
 
 def row(
@@ -140,15 +144,28 @@ def row(
         "tier": args.tier,
         "prefetch": not args.no_prefetch,
     }
-    measured: dict[str, Any] = {"share": "", "resident_bytes": "", "bytes_moved": "", "hits": "", "model_ms": ""}
+    measured: dict[str, Any] = {
+        "share": "",
+        "resident_bytes": "",
+        "bytes_moved": "",
+        "hits": "",
+        "ideal_ms": "",
+        "model_ms": "",
+    }
     share = next((share for share in ours if arm == arm_name(share)), None)
     if share is not None:
         optimizer = ours[share]
         steps, stats = optimizer.steps[0], optimizer.stats
         moved = (stats["bytes_in"] + stats["bytes_out"]) / steps
-        model = max(compute, 1e3 * moved / bandwidth)
+        misses, a_page = stats["misses"] / steps, compute / len(optimizer.pages)
+        transport_ms = 1e3 * moved / bandwidth
+        model = compute + max(0.0, transport_ms - misses * a_page)
         measured = {"share": share, "resident_bytes": stats["resident_bytes"], "bytes_moved": round(moved)}
-        measured |= {"hits": round(stats["hits"] / steps, 1), "model_ms": f"{model:.1f}"}
+        measured |= {
+            "hits": round(stats["hits"] / steps, 1),
+            "ideal_ms": f"{max(compute, transport_ms):.1f}",
+            "model_ms": f"{model:.1f}",
+        }
     base = BASE if BASE in times else next(iter(times))
     ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
@@ -172,7 +189,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     shares = [100 * row["share"] for row in rows]
     axes.plot(shares, [float(row["p50_ms"]) for row in rows], marker="o", label="measured")
-    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label="max(compute, bytes / bandwidth)")
+    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label="model")
+    axes.plot(shares, [float(row["ideal_ms"]) for row in rows], linestyle=":", label="max(compute, bytes / bandwidth)")
     axes.set(xlabel="% of the state resident", ylabel="ms a step", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
