@@ -39,6 +39,13 @@ TABLES: dict[str, dict[str, Column]] = {
         "memory ×": lambda row: f"{row['memory_ratio']}",
         "live tensors": gigabytes("live_tensor_bytes"),
     },
+    "paging": {
+        "AdamW step": lambda row: row["arm"] + (f", {row['state_bits']}-bit" if row["share"] else ""),
+        "MB moved": lambda row: f"{int(row['bytes_moved']) / 1e6:.0f}" if row["share"] else "",
+        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
+        "model, ms": lambda row: row["model_ms"],
+        "× torch fused": lambda row: row["ratio"],
+    },
     "matmul": {
         "M × N × K": lambda row: f"{row['M']} × {row['N']} × {row['K']}",
         "passes": lambda row: row["passes"],

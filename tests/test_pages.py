@@ -89,6 +89,17 @@ def test_in_a_circle_mru_misses_as_little_as_can_be_and_lru_as_much(n_pages, pre
         assert mru.stats.hits + mru.stats.misses == len(order)
 
 
+@pytest.mark.parametrize("frames", [2, 3, 5, 8, 9, 10])
+def test_the_table_of_the_documentation(frames):
+    mru, lru = table(10, frames), table(10, frames, policy="lru")
+    for _ in range(10):
+        walk(mru)
+        walk(lru)
+    cells = (frames, lru.stats.hits, mru.stats.hits, mru.stats.page_ins, mru.stats.page_outs)
+    page = (Path(__file__).parent.parent / "docs" / "paging.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
+
+
 def test_all_resident_moves_nothing_and_never_opens_the_slow_tier():
     class Never(SlowTransport):
         def open(self, n_pages, page_bytes):

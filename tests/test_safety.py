@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,11 @@ def result_bytes(out: Path | str) -> bytes:
     return file.read_bytes()
 
 
+def unfinish(config: sft.SFTConfig) -> None:
+    """As if the run had been killed before it wrote its result."""
+    shutil.rmtree(Path(config.out) / ("model" if config.method == "full" else "adapter"))
+
+
 def start(config: sft.SFTConfig) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config.__dict__)], cwd=ROOT, env=environment)
@@ -76,10 +82,8 @@ def test_no_budget_changes_a_bit_and_a_run_may_go_on_with_another(config, tmp_pa
     sft.train(whole, quiet=True)
     sft.train(config, quiet=True)
     assert result_bytes(config.out) == result_bytes(whole.out)
-    for later in sorted((Path(config.out) / "checkpoints").iterdir())[-1:]:
-        for path in later.iterdir():
-            path.unlink()
-        later.rmdir()
+    shutil.rmtree(all_checkpoints(Path(config.out) / "checkpoints")[-1])
+    unfinish(config)
     sft.train(replace(config, resume=True, optimizer_budget=10**9), quiet=True)
     assert result_bytes(config.out) == result_bytes(whole.out)
 
@@ -142,6 +146,7 @@ def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path)
 def test_one_wrong_bit_in_a_checkpoint_is_noticed(config, file, optimizer):
     config = replace(config, optimizer=optimizer, max_steps=2)
     sft.train(config, quiet=True)
+    unfinish(config)
     path = Path(config.out) / "checkpoints" / "step-000002" / file
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
