@@ -34,6 +34,7 @@ COMMANDS = {
     ),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
+    "inspect run": ("commands.inspect_run", "InspectRunArgs", "how a run went: loss, memory, paging, checkpoints"),
     "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),
 }
 BOX = re.compile(r"[╭╮╰╯│]")
@@ -59,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"qlora {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"qlora {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"qlora {name}: {stopped or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

@@ -47,6 +47,13 @@ TABLES: dict[str, dict[str, Column]] = {
         "memory ×": plain("memory_ratio"),
         "live tensors": gigabytes("live_tensor_bytes"),
     },
+    "paging": {
+        "AdamW step": lambda row: row["arm"] + (f", {row['state_bits']}-bit" if row["share"] else ""),
+        "MB moved": lambda row: f"{int(row['bytes_moved']) / 1e6:.0f}" if row["share"] else "",
+        "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
+        "model, ms": lambda row: row["model_ms"],
+        "× torch fused": lambda row: row["ratio"],
+    },
     "matmul": {
         "product": lambda row: f"{row['passes']}, M = {row['M']}",
         "by": plain("arm"),

@@ -389,7 +389,7 @@ def documented_fields(heading: str) -> set[str]:
 
 def test_run_folder() -> None:
     assert documented_fields("field of environment") == set(environment("hash"))
-    writers = [ROOT / "trainers" / name for name in ("sft.py", "results.py")]
+    writers = [ROOT / "trainers" / name for name in ("sft.py", "results.py", "optimizers.py")]
     source = [node for path in writers for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     written = {node.value for node in source if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert documented_fields("field of metrics.jsonl") <= written

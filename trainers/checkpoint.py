@@ -3,12 +3,13 @@
     step-000040/
       trainable.safetensors    every trainable parameter, in its own dtype
       optimizer.safetensors    <parameter>.exp_avg, <parameter>.exp_avg_sq, <parameter>.step
-      state.json               step, counters, and the torch RNG state in hex (dropout)
+      state.json               step, counters, the torch RNG state in hex (dropout), and a checksum of each other file
 
 The order of the data needs no state: it is a function of seed and step. A folder is written aside and renamed, so one
 that has its name is whole.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora.files import written_aside
+from optim import PagedAdamW
 
+FILES = ("trainable.safetensors", "optimizer.safetensors")
 Parameters = Sequence[tuple[str, nn.Parameter]]
 
 
@@ -35,16 +38,12 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/step-N, then delete all but the last `keep`. Returns its path."""
     path = folder / f"step-{step:06d}"
-    moments = {
-        f"{name}.{key}": value.detach().cpu()
-        for name, parameter in parameters
-        for key, value in optimizer.state[parameter].items()
-    }
     state = {"step": step, "counters": counters, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
     with written_aside(path) as aside:
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters}
         safetensors.torch.save_file(weights, aside / "trainable.safetensors")
-        safetensors.torch.save_file(moments, aside / "optimizer.safetensors")
+        _save_optimizer(aside, parameters, optimizer)
+        state["sha256"] = {file: _sha256(aside / file) for file in FILES}
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in all_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -63,20 +62,13 @@ def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.O
     """
     state = _read_json(path / "state.json")
     weights = _read_tensors(path / "trainable.safetensors")
-    moments = _read_tensors(path / "optimizer.safetensors")
     for name, parameter in parameters:
         _fits(weights.get(name), parameter, f"{path / 'trainable.safetensors'}: {name}")
-        _require_step(moments.get(f"{name}.step"), f"{path / 'optimizer.safetensors'}: {name}.step")
-        for key in ("exp_avg", "exp_avg_sq"):
-            _fits(moments.get(f"{name}.{key}"), parameter, f"{path / 'optimizer.safetensors'}: {name}.{key}")
+    _load_optimizer(path, parameters, optimizer)
+    _verify(path, state)
     with torch.no_grad():
         for name, parameter in parameters:
             parameter.copy_(weights[name])
-            optimizer.state[parameter] = {
-                "step": moments[f"{name}.step"],
-                "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
-                "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
-            }
     try:
         rng = torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8)
         step, counters = int(state["step"]), dict(state["counters"])
@@ -84,6 +76,56 @@ def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.O
         raise ValueError(f"{path / 'state.json'} is not a checkpoint's state: {error}") from None
     torch.set_rng_state(rng)
     return step, counters
+
+
+def _save_optimizer(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.save_state(folder, _names(parameters, optimizer))
+        return
+    moments = {
+        f"{name}.{key}": value.detach().cpu()
+        for name, parameter in parameters
+        for key, value in optimizer.state[parameter].items()
+    }
+    safetensors.torch.save_file(moments, folder / "optimizer.safetensors")
+
+
+def _load_optimizer(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.load_state(folder, _names(parameters, optimizer))
+        return
+    path = folder / "optimizer.safetensors"
+    moments = _read_tensors(path)
+    for name, parameter in parameters:
+        _require_step(moments.get(f"{name}.step"), f"{path}: {name}.step")
+        for key in ("exp_avg", "exp_avg_sq"):
+            _fits(moments.get(f"{name}.{key}"), parameter, f"{path}: {name}.{key}")
+        optimizer.state[parameter] = {
+            "step": moments[f"{name}.step"],
+            "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
+            "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
+        }
+
+
+def _names(parameters: Parameters, optimizer: PagedAdamW) -> list[str]:
+    """The parameters' names in the order of the optimizer's groups."""
+    names = {parameter: name for name, parameter in parameters}
+    return [names[parameter] for parameter in optimizer.parameters]
+
+
+def _verify(path: Path, state: dict[str, Any]) -> None:
+    """Raises ValueError, naming the file, when it is not what was written."""
+    for file, wanted in dict(state.get("sha256", {})).items():
+        if file in FILES and _sha256(path / file) != wanted:
+            raise ValueError(f"{path / file} is damaged: its bytes are not those that were saved (sha256)")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _fits(tensor: Tensor | None, parameter: nn.Parameter, where: str) -> None:

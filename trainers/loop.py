@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from optim import set_learning_rate
 
 from . import world
+from .safety import Skips
 
 MicroBatch = TypeVar("MicroBatch")
 Row = TypeVar("Row")
@@ -29,11 +31,12 @@ def train_step(
     *,
     learning_rate: float,
     max_grad_norm: float,
+    skips: Skips | None = None,
 ) -> tuple[float, float]:
     """One update; loss_of gives a micro-batch's share of the window's loss. Returns (loss, gradient norm unclipped).
 
-    Raises ValueError when a trainable parameter gets no gradient, or the loss or a gradient is not finite; the
-    parameters are then as before the step.
+    Raises ValueError when a trainable parameter gets no gradient, or the loss or a gradient is not finite (more often
+    than `skips` allows; else the update is left out); the parameters are then as before the step.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
@@ -46,11 +49,9 @@ def train_step(
     tensors = [parameter for _, parameter in parameters]
     world.sum_gradients(tensors)
     grad_norm = float(nn.utils.clip_grad_norm_(tensors, max_grad_norm if max_grad_norm > 0 else math.inf))
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(f"training needs finite numbers: loss is {loss}, gradient norm {grad_norm}; lower the rate")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
+    set_learning_rate(optimizer, learning_rate)
+    if (skips or Skips(allowed=0)).is_good(loss, grad_norm):
+        optimizer.step()
     return loss, grad_norm
 
 

@@ -1,6 +1,7 @@
 """What a run shows and keeps: metrics.jsonl, a progress bar (plain lines when not on a terminal), a loss curve."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -40,8 +41,10 @@ class MetricsFile:
         os.replace(temporary, path)
 
     def append(self, **row: Any) -> None:
+        """A number that is not finite becomes null: JSON has no NaN."""
         if not self.writes:
             return
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -118,7 +121,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 15 else None)
     axes.set(xlabel="optimizer step", ylabel="loss per learnt token (nats)")

@@ -22,7 +22,7 @@ from kernels.dispatch import asked_backend
 from . import world
 from .metrics import read_metrics
 
-RESUMABLE = {"out", "resume", "save_every", "keep_checkpoints", "samples"}
+RESUMABLE = {"out", "resume", "save_every", "keep_checkpoints", "samples", "optimizer_budget", "optimizer_spill"}
 """Flags that may change between a run and its continuation: they do not touch a bit of the result."""
 
 

@@ -29,15 +29,17 @@ from data.sources import read_rows
 from lora import LinearNF4, add_adapter, count_parameters, load_adapter, trainable_parameters
 from lora.adapters import lora_layers
 from models import Decoder, Tokenizer, load_model, load_tokenizer
-from optim import decay_groups, learning_rate
+from optim import learning_rate
 
 from . import run_folder, world
 from .checkpoint import all_checkpoints, load_checkpoint, save_checkpoint
 from .logprobs import per_token_nll
 from .loop import count_window, evaluate, split, train_step
 from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes
+from .optimizers import make_optimizer, paging
 from .recipes import Recipe, warnings
 from .results import write_results
+from .safety import Skips, StopSignals
 from .sft_config import SFTConfig
 
 
@@ -97,16 +99,17 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     eval_set = _encode(config, tokenizer, held_out) if held_out else None
     model = prepare_model(config)
     parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(decay_groups(parameters, config.weight_decay), lr=config.peak_rate)
+    optimizer = make_optimizer(config, parameters)
 
     recipe = _recipe(config, model, train_set, order, window, total_steps)
     warned = warnings(recipe)
     if not config.resume:
         run_folder.create(out, asdict(config), env, warned)
-    done, speed = 0, Speed()
+    done, speed, skips = 0, Speed(), Skips(config.max_skipped)
     if config.resume and (found := all_checkpoints(out / "checkpoints")):
         done, counters = load_checkpoint(found[-1], parameters, optimizer)
         speed = Speed(counters["seconds"], counters["tokens"])
+        skips = Skips(config.max_skipped, counters["skipped"], counters["skipped_in_a_row"])
     metrics = MetricsFile(out / "metrics.jsonl", resume_after=done if config.resume else None, write=world.is_main())
     progress = ProgressLine(total_steps, done, quiet=quiet or not world.is_main())
     trainable, total = count_parameters(model)
@@ -119,8 +122,9 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     for line in warned:
         progress.say(f"warning: {line}")
 
-    loss, eval_loss = metrics.last.get("loss", math.nan), metrics.last.get("eval_loss")
+    loss, eval_loss = _number(metrics.last.get("loss")), metrics.last.get("eval_loss")
     model.train()
+    stop = StopSignals()
     try:
         for step in range(done, total_steps):
             batches = _batches(train_set, order.step(window, step), config.batch_size, tokenizer.pad_id)
@@ -128,13 +132,14 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
             rate = _rate(config, step, total_steps)
             with speed.measured(counts.tokens):
                 loss, grad_norm = _update(
-                    model, batches, counts.learnt_tokens, parameters, optimizer, rate, config.max_grad_norm
+                    model, batches, counts.learnt_tokens, parameters, optimizer, rate, config.max_grad_norm, skips
                 )
             now = step + 1
             row: dict[str, Any] = {"step": now, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
             row |= {"examples": counts.examples, "learnt_tokens": counts.learnt_tokens}
             row |= {"padding": round(counts.padding, 4), "tokens": speed.tokens, "seconds": round(speed.seconds, 3)}
             row |= {"tokens_per_second": round(speed.tokens_per_second, 1), "peak_memory_bytes": peak_memory_bytes()}
+            row |= {"skipped": skips.total} | paging(optimizer)
             last = now == total_steps
             if eval_set and (last or (config.eval_every and now % config.eval_every == 0)):
                 eval_loss = evaluate_loss(model, eval_set.examples, config.batch_size, tokenizer.pad_id)
@@ -142,10 +147,15 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
                 progress.say(f"step {now}: loss {eval_loss:.4f} on {len(eval_set.examples)} held-out rows")
             progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
             metrics.append(**row)
-            if world.is_main() and config.save_every and now % config.save_every == 0:
+            stopping = stop.asked and not last
+            if world.is_main() and (stopping or (config.save_every and now % config.save_every == 0)):
                 counters = {"seconds": speed.seconds, "tokens": speed.tokens}
+                counters |= {"skipped": skips.total, "skipped_in_a_row": skips.in_a_row}
                 save_checkpoint(out / "checkpoints", now, parameters, optimizer, counters, config.keep_checkpoints)
+            if stopping:
+                raise stop.interrupted(out, now)
     finally:
+        stop.restore()
         progress.close()
     result = RunResult(
         config.out, total_steps, loss, eval_loss, speed.seconds, speed.tokens_per_second, peak_memory_bytes()
@@ -153,6 +163,11 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     if world.is_main():
         write_results(config, model, tokenizer, metrics.path, held_out, progress)
     return Trained(model, tokenizer, result)
+
+
+def _number(loss: float | None) -> float:
+    """metrics.jsonl has null for a loss that was not finite."""
+    return math.nan if loss is None else loss
 
 
 def read_dataset(source: str) -> tuple[list[dict[str, Any]], Schema]:
@@ -187,7 +202,7 @@ def _load(config: SFTConfig, source: str | Path) -> Decoder:
 
 def _finished(config: SFTConfig, tokenizer: Tokenizer, last_row: dict[str, Any], *, quiet: bool) -> Trained:
     """A run that needs no more training, as its folder has it."""
-    out, step, loss = Path(config.out), last_row["step"], last_row["loss"]
+    out, step, loss = Path(config.out), last_row["step"], _number(last_row["loss"])
     if config.method == "full":
         model = _load(config, out / "model")
     else:
@@ -250,12 +265,13 @@ def _update(
     optimizer: torch.optim.Optimizer,
     rate: float,
     clip: float,
+    skips: Skips,
 ) -> tuple[float, float]:
     def loss_of(batch: Batch) -> Tensor:
         nll = per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
         return sft_loss(nll, batch.completion_mask, num_items)
 
-    return train_step(batches, loss_of, parameters, optimizer, learning_rate=rate, max_grad_norm=clip)
+    return train_step(batches, loss_of, parameters, optimizer, learning_rate=rate, max_grad_norm=clip, skips=skips)
 
 
 def _rate(config: SFTConfig, step: int, total_steps: int) -> float:

@@ -9,6 +9,7 @@ from data.flags import DataFlags
 from lora import LoRAConfig
 from optim import SCHEDULES
 
+from .optimizers import OPTIMIZERS
 from .recipes import METHODS, default_learning_rate
 
 
@@ -70,6 +71,16 @@ class SFTConfig(DataFlags):
     """AdamW's decoupled decay, on matrices only."""
     max_grad_norm: float = 1.0
     """Clip the gradient's norm; 0 turns it off. The norm is logged as it was before clipping."""
+    max_skipped: int = 3
+    """Updates in a row that may be left out since the loss or the gradient was not finite; one more stops the run."""
+    optimizer: Literal["adamw", "paged_adamw", "paged_adamw_8bit"] = "paged_adamw"
+    """torch's AdamW, or the same with its state in pages, in 32 or 8 bits."""
+    optimizer_budget: int | Literal["auto"] | None = None
+    """Bytes of optimizer state in fast memory, or auto: half of what is free. By default all of it."""
+    optimizer_spill: str | None = None
+    """Where state over the budget goes: cpu (for a GPU), or a folder; by default the run's folder for a CPU."""
+    loraplus_ratio: float | None = None
+    """LoRA+: B learns at this times the rate of A; the paper suggests about 16."""
     max_seq_length: int = 1024
     """Longer rows lose their end, and are counted."""
     packing: bool = False
@@ -99,7 +110,7 @@ class SFTConfig(DataFlags):
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "max_seq_length", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "save_every", "samples", "weight_decay", "max_grad_norm"):
+        for name in ("eval_every", "save_every", "samples", "weight_decay", "max_grad_norm", "max_skipped"):
             _require(getattr(self, name) >= 0, f"--{_flag(name)} must not be negative, got {getattr(self, name)}")
         _require(self.max_steps is None or self.max_steps >= 1, f"--max-steps must be at least 1, got {self.max_steps}")
         _require(self.epochs > 0, f"--epochs must be above 0, got {self.epochs}")
@@ -107,6 +118,12 @@ class SFTConfig(DataFlags):
         _require(rate is None or (math.isfinite(rate) and rate > 0), f"--learning-rate must be above 0, got {rate}")
         _require(0 <= self.warmup_ratio < 1, f"--warmup-ratio must lie in [0, 1), got {self.warmup_ratio}")
         _require(not (self.packing and self.group_by_length), "--packing leaves nothing for --group-by-length to do")
+        ratio, budget = self.loraplus_ratio, self.optimizer_budget
+        _require(ratio is None or ratio > 0, f"--loraplus-ratio must be above 0, got {ratio}")
+        _require(ratio is None or self.method != "full", "--loraplus-ratio is for lora and qlora: full has no B")
+        _require(not isinstance(budget, int) or budget >= 0, f"--optimizer-budget must not be negative, got {budget}")
+        known = ", ".join(OPTIMIZERS)
+        _require(self.optimizer in OPTIMIZERS, f"--optimizer must be one of {known}, got {self.optimizer!r}")
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         _require(self.learn in LEARN, f"--learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")

@@ -3,16 +3,18 @@
     simd.h           the few things that differ between vector units
     storage.h        a quantized weight, and rows of numbers, in C
     quantize.h       quantize and dequantize
+    adamw.h          the optimizer's step, with 32-bit and 8-bit state
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
     build.py         compiles them into a cache
     library.py       calls them
     operations.py    registers them as backend "cpu"
+    adamw.py         registers the optimizer's step
     lora.py          base and low-rank terms in one product
 
 Importing this registers the backend. Nothing is compiled before the first call.
 """
 
-from . import lora, operations
+from . import adamw, lora, operations
 
-__all__ = ["lora", "operations"]
+__all__ = ["adamw", "lora", "operations"]

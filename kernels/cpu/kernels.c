@@ -5,6 +5,7 @@
 #include "simd.h"
 #include "storage.h"
 #include "quantize.h"
+#include "adamw.h"
 #include "product.h"
 #include "matmul_large.h"
 #include "matmul_small.h"

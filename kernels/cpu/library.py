@@ -59,6 +59,8 @@ class Library:
             "dequantize": (None, [POINTER(Weight), p, i, i]),
             "quantize": (c_int, [p, i, n, n, POINTER(Nearest), p, p, i]),
             "quantize_absmax": (None, [p, n, p, p, p, p, i]),
+            "adamw": (None, [p, i, p, i, p, p, n, p, i]),
+            "adamw_8bit": (None, [p, i, p, i, p, p, p, p, p, p, n, p, i]),
             "workspace_floats": (c_int64, [n, n, n, n, i]),
             "matmul": (None, [POINTER(Product)]),
             "matmul_dx": (None, [POINTER(Product)]),
@@ -71,6 +73,8 @@ class Library:
     dequantize: "ctypes._NamedFuncPointer"
     quantize: "ctypes._NamedFuncPointer"
     quantize_absmax: "ctypes._NamedFuncPointer"
+    adamw: "ctypes._NamedFuncPointer"
+    adamw_8bit: "ctypes._NamedFuncPointer"
     workspace_floats: "ctypes._NamedFuncPointer"
     matmul: "ctypes._NamedFuncPointer"
     matmul_dx: "ctypes._NamedFuncPointer"

@@ -1,8 +1,8 @@
 /* simd.h: what the kernels need of a vector unit. Everything else is written once, in the vector types of GCC and Clang.
 
    kernels.c is compiled once per instruction set, with -DISA_AVX512, -DISA_AVX2 or neither (portable: SSE2, NEON or
-   whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma and changes
-   of width differ.
+   whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma, the root and
+   changes of width differ.
 
    decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode32_mixed
    gives place j the level of weight MIXED(j).
@@ -58,15 +58,19 @@ INLINE float sum_lanes(vec v) {
 #if defined(ISA_AVX512)
 INLINE vec fma_(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE vec every(float s) { return (vec)_mm512_set1_ps(s); }
+INLINE vec root(vec v) { return (vec)_mm512_sqrt_ps((__m512)v); }
 #elif defined(ISA_AVX2)
 INLINE vec fma_(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE vec every(float s) { return (vec)_mm256_set1_ps(s); }
+INLINE vec root(vec v) { return (vec)_mm256_sqrt_ps((__m256)v); }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 INLINE vec fma_(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE vec every(float s) { return (vec){s, s, s, s}; }
+INLINE vec root(vec v) { return (vec)vsqrtq_f32((float32x4_t)v); }
 #else
 INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec every(float s) { return (vec){s, s, s, s}; }
+INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 #endif
 
 /* table[index] in every lane, of 8 entries, or (take16) of 16. The upper bits of an index must be 0. */

@@ -1,0 +1,201 @@
+"""What paging costs: one optimizer step for budgets from all of the state resident to none of it.
+
+    qlora bench paging -- --elements 16000000 --state-bits 32 --tier folder
+
+Arms: PagedAdamW with each budget; torch.optim.AdamW (foreach, fused) and bitsandbytes' AdamW8bit, where they run. They
+take turns. Beside the measured time stands the model's,
+
+    ideal = max(compute, bytes moved / bandwidth)
+    model = hits · c + misses · max(c, transport of a page)              c = compute / pages
+
+with compute the all-resident step's time, bytes, hits and misses from the exact counters, and the bandwidth measured by
+walking all pages through two frames with no work on them. Bytes in and bytes out share one thread, so they add up. The
+model is the ideal where all pages miss, or none; between, it is more, since only one page is fetched ahead, and what
+the hits could hide comes in one row after them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch  # after the path, as the repository's packages below
+from torch import nn
+
+from benchmarks.common import peer, take_turns
+from benchmarks.results import RESULTS, write_rows
+from optim import FolderTransport, PagedAdamW, PageTable, SlowTransport, Transport
+from optim.paged_adamw import PAGE_BYTES
+
+CPU = torch.device("cpu")
+BASE = "torch fused"
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--elements", type=int, default=16_000_000)
+    flags.add_argument("--state-bits", type=int, default=32, choices=(32, 8))
+    flags.add_argument("--shares", default="1,0.75,0.5,0.25,0.1,0", help="budgets, as shares of the state")
+    flags.add_argument("--tier", default="folder", choices=("folder", "slow"), help="slow: a pretended device")
+    flags.add_argument("--folder", default=tempfile.gettempdir(), help="where the folder tier lies")
+    flags.add_argument("--bandwidth", type=float, default=2e9, help="of the slow tier, bytes a second")
+    flags.add_argument("--latency", type=float, default=1e-4, help="of the slow tier, seconds a transfer")
+    flags.add_argument("--page-bytes", type=int, default=PAGE_BYTES)
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--no-prefetch", action="store_true")
+    flags.add_argument("--no-peer", action="store_true", help="leave torch and bitsandbytes out")
+    args = flags.parse_args()
+
+    gradient = torch.randn(args.elements) * 1e-2
+    ours = {share: paged(args, share) for share in map(float, args.shares.split(","))}
+    arms: dict[str, Callable[[], Any]] = {} if args.no_peer else peers(args.elements, gradient)
+    arms |= {arm_name(share): stepping(optimizer, gradient) for share, optimizer in ours.items()}
+    times = take_turns(arms, args.rounds)
+    gate(ours)
+    bandwidth = measured_bandwidth(args, next(iter(ours.values())))
+    compute = statistics.median(times[arm_name(max(ours))])
+    rows = [row(args, arm, taken, times, bandwidth, compute, ours) for arm, taken in times.items()]
+    write_rows("paging", rows, key="key")
+    plot([r for r in rows if r["share"] != ""], RESULTS / "paging.png")
+
+
+def arm_name(share: float) -> str:
+    return f"paged {share:.0%} resident"
+
+
+def paged(args: argparse.Namespace, share: float) -> PagedAdamW:
+    """An optimizer of its own parameter, all of them alike."""
+    p = nn.Parameter(torch.zeros(args.elements))
+    per_element = 8 if args.state_bits == 32 else 2 + 8 / 256
+    budget = None if share >= 1 else int(share * per_element * args.elements)
+    optimizer = PagedAdamW(
+        [p], state_bits=args.state_bits, device_budget=budget, page_bytes=args.page_bytes, transport=transport(args),
+        prefetch=not args.no_prefetch,
+    )  # fmt: skip
+    return optimizer
+
+
+def transport(args: argparse.Namespace) -> Transport:
+    if args.tier == "folder":
+        return FolderTransport(args.folder, CPU)
+    return SlowTransport(bytes_per_second=args.bandwidth, latency=args.latency)
+
+
+def peers(elements: int, gradient: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's AdamW as it runs here, and bitsandbytes' 8-bit one."""
+    import bitsandbytes
+
+    made = {
+        BASE: lambda p: torch.optim.AdamW(p, fused=True),
+        "torch foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+        "bitsandbytes AdamW8bit": lambda p: bitsandbytes.optim.AdamW8bit(p),
+    }
+    return {name: stepping(make([nn.Parameter(torch.zeros(elements))]), gradient) for name, make in made.items()}
+
+
+def stepping(optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> Callable[[], Any]:
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = gradient
+    return optimizer.step
+
+
+def gate(ours: dict[float, PagedAdamW]) -> None:
+    """Raises ValueError unless every budget gave the same bits."""
+    first, *others = (optimizer.parameters[0] for optimizer in ours.values())
+    for share, other in zip(list(ours)[1:], others, strict=True):
+        if not torch.equal(first, other):
+            raise ValueError(f"with {share:.0%} resident the parameters differ from those with another budget")
+
+
+def measured_bandwidth(args: argparse.Namespace, optimizer: PagedAdamW) -> float:
+    """Bytes a second through two frames, in and out, with nothing to do in between."""
+    table = PageTable([page.used for page in optimizer.pages], args.page_bytes, transport(args), budget=0)
+    rates = []
+    for _ in range(6):
+        before, start = table.stats.bytes_in + table.stats.bytes_out, time.perf_counter()
+        for _ in table.walk(range(len(table.used))):
+            pass
+        moved = table.stats.bytes_in + table.stats.bytes_out - before
+        rates.append(moved / (time.perf_counter() - start))
+    table.close()
+    return statistics.median(rates[2:])  # the first walks write to a file that has no bytes yet
+
+
+def row(
+    args: argparse.Namespace,
+    arm: str,
+    taken: list[float],
+    times: dict[str, list[float]],
+    bandwidth: float,
+    compute: float,
+    ours: dict[float, PagedAdamW],
+) -> dict[str, Any]:
+    """A CSV row; bytes and hits are a step's, on average over all steps."""
+    case = {
+        "elements": args.elements,
+        "state_bits": args.state_bits,
+        "tier": args.tier,
+        "prefetch": not args.no_prefetch,
+    }
+    measured: dict[str, Any] = {
+        "share": "",
+        "resident_bytes": "",
+        "bytes_moved": "",
+        "hits": "",
+        "ideal_ms": "",
+        "model_ms": "",
+    }
+    share = next((share for share in ours if arm == arm_name(share)), None)
+    if share is not None:
+        optimizer = ours[share]
+        steps, stats = optimizer.steps[0], optimizer.stats
+        moved = (stats["bytes_in"] + stats["bytes_out"]) / steps
+        misses, a_page = stats["misses"] / steps, compute / len(optimizer.pages)
+        transport_ms = 1e3 * moved / bandwidth
+        model = compute + max(0.0, transport_ms - misses * a_page)
+        measured = {"share": share, "resident_bytes": stats["resident_bytes"], "bytes_moved": round(moved)}
+        measured |= {
+            "hits": round(stats["hits"] / steps, 1),
+            "ideal_ms": f"{max(compute, transport_ms):.1f}",
+            "model_ms": f"{model:.1f}",
+        }
+    base = BASE if BASE in times else next(iter(times))
+    ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
+    fifths = statistics.quantiles(taken, n=5, method="inclusive")
+    return (
+        {"key": "/".join([*map(str, case.values()), arm]), "arm": arm}
+        | case
+        | measured
+        | {"p20_ms": f"{fifths[0]:.1f}", "p50_ms": f"{statistics.median(taken):.1f}", "p80_ms": f"{fifths[-1]:.1f}"}
+        | {"rounds": len(taken), "base": base, "ratio": f"{ratio:.3f}", "bandwidth": round(bandwidth)}
+        | {"peer_versions": peer()}
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Step time over the share that is resident, measured and by the model. Where matplotlib is not, nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * row["share"] for row in rows]
+    axes.plot(shares, [float(row["p50_ms"]) for row in rows], marker="o", label="measured")
+    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label="model")
+    axes.plot(shares, [float(row["ideal_ms"]) for row in rows], linestyle=":", label="max(compute, bytes / bandwidth)")
+    axes.set(xlabel="% of the state resident", ylabel="ms a step", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

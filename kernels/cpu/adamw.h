@@ -1,0 +1,97 @@
+/* adamw.h: one AdamW step in one pass over its arrays. What kernels/adamw.py defines; the numbers of the step come from
+   there. Included by kernels.c alone. */
+
+/* decay 1 - lr·λ, take1 1-β₁, keep2 β₂, take2 1-β₂, root2 √(1-β₂^t), rate -lr/(1-β₁^t). */
+typedef struct {
+    float decay, take1, keep2, take2, root2, eps, rate;
+} adamw_step;
+
+enum { STATE_BLOCK = 256 };
+
+/* A map of 256 sorted levels. threshold[i]: the least fp32 that is nearer to level i + 1 than to level i; 255: infinity.
+   first[u]: how many thresholds lie at or below every fp32 whose upper half is u. No such range holds two of them. */
+typedef struct {
+    const float *level, *threshold;
+    const uint8_t *first;
+} state_map;
+
+INLINE void adamw_lanes(vec *p, vec g, vec *m, vec *v, const adamw_step *s) {
+    *p *= every(s->decay);
+    *m = fma_(every(s->take1), g - *m, *m);
+    *v = fma_(every(s->take2) * g, g, *v * every(s->keep2));
+    *p += every(s->rate) * *m / (root(*v) / every(s->root2) + every(s->eps));
+}
+
+/* n elements as fp32, the last lanes in a copy, so that an element's result does not depend on where it lies. */
+INLINE void adamw_span(float *p, const float *g, float *m, float *v, int64_t n, const adamw_step *s) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec pi = load(p + i), mi = load(m + i), vi = load(v + i);
+        adamw_lanes(&pi, load(g + i), &mi, &vi, s);
+        store(p + i, pi), store(m + i, mi), store(v + i, vi);
+    }
+    if (i < n) {
+        size_t bytes = 4 * (size_t)(n - i);
+        vec pi = {0}, gi = {0}, mi = {0}, vi = {0};
+        memcpy(&pi, p + i, bytes), memcpy(&gi, g + i, bytes), memcpy(&mi, m + i, bytes), memcpy(&vi, v + i, bytes);
+        adamw_lanes(&pi, gi, &mi, &vi, s);
+        memcpy(p + i, &pi, bytes), memcpy(m + i, &mi, bytes), memcpy(v + i, &vi, bytes);
+    }
+}
+
+/* p and g (n,) of a dtype each; m and v fp32 (n,). */
+void FOR_ISA(adamw)(void *p, int p_dtype, const void *g, int g_dtype, float *m, float *v, int64_t n,
+                    const adamw_step *s, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < n; first += CHUNK) {
+        int64_t length = n - first < CHUNK ? n - first : CHUNK;
+        if (p_dtype == FP32 && g_dtype == FP32) {
+            adamw_span((float *)p + first, (const float *)g + first, m + first, v + first, length, s);
+            continue;
+        }
+        float values[CHUNK], gradient[CHUNK];
+        read_row(p, p_dtype, first, length, values);
+        read_row(g, g_dtype, first, length, gradient);
+        adamw_span(values, gradient, m + first, v + first, length, s);
+        write_row(values, length, p, p_dtype, first);
+    }
+}
+
+INLINE void read_state(const uint8_t *codes, float absmax, const state_map *map, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = map->level[codes[i]] * absmax;
+}
+
+/* Returns the block's absmax; 0 where its inverse is not finite. */
+INLINE float write_state(const float *x, const state_map *map, int64_t n, uint8_t *codes) {
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    float inverse = 1 / most;
+    if (!isfinite(inverse)) most = inverse = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float scaled = x[i] * inverse;
+        uint32_t bits;
+        memcpy(&bits, &scaled, 4);
+        uint8_t code = map->first[bits >> 16];
+        codes[i] = (uint8_t)(code + (scaled >= map->threshold[code]));
+    }
+    return most;
+}
+
+/* codes (n,) and absmax (⌈n/256⌉,) of both moments; map1 is signed, map2 is not. */
+void FOR_ISA(adamw_8bit)(void *p, int p_dtype, const void *g, int g_dtype, uint8_t *codes1, float *absmax1,
+                         uint8_t *codes2, float *absmax2, const state_map *map1, const state_map *map2, int64_t n,
+                         const adamw_step *s, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < (n + STATE_BLOCK - 1) / STATE_BLOCK; block++) {
+        int64_t first = block * STATE_BLOCK, length = n - first < STATE_BLOCK ? n - first : STATE_BLOCK;
+        float values[STATE_BLOCK], gradient[STATE_BLOCK], m[STATE_BLOCK], v[STATE_BLOCK];
+        read_row(p, p_dtype, first, length, values);
+        read_row(g, g_dtype, first, length, gradient);
+        read_state(codes1 + first, absmax1[block], map1, length, m);
+        read_state(codes2 + first, absmax2[block], map2, length, v);
+        adamw_span(values, gradient, m, v, length, s);
+        write_row(values, length, p, p_dtype, first);
+        absmax1[block] = write_state(m, map1, length, codes1 + first);
+        absmax2[block] = write_state(v, map2, length, codes2 + first);
+    }
+}

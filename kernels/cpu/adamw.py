@@ -1,0 +1,96 @@
+"""adamw: the optimizer's step as backend "cpu": one pass over parameter, gradient and state.
+
+What kernels/adamw.py defines, for fp32, bf16 and fp16 parameters and gradients with fp32 or 8-bit state. Results do not
+depend on the number of threads, nor on where an element lies.
+"""
+
+import ctypes
+import math
+from ctypes import c_float, c_void_p
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant import dynamic_map
+
+from ..adamw import AdamWStep
+from ..dispatch import register
+from .library import DTYPES, load
+
+
+class Step(ctypes.Structure):
+    """adamw.h: adamw_step."""
+
+    _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "root2", "eps", "rate"))
+
+
+class StateMap(ctypes.Structure):
+    """adamw.h: state_map."""
+
+    _fields_ = (("level", c_void_p), ("threshold", c_void_p), ("first", c_void_p))
+
+
+def _why_not_adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> str | None:
+    return _why_not(p, g, exp_avg, exp_avg_sq) or _why_not_dtype(exp_avg, torch.float32)
+
+
+def _why_not_8bit(
+    p: Tensor, g: Tensor, exp_avg: Tensor, absmax: Tensor, exp_avg_sq: Tensor, absmax_sq: Tensor, step: AdamWStep
+) -> str | None:
+    return _why_not(p, g, exp_avg, absmax, exp_avg_sq, absmax_sq)
+
+
+def _why_not(p: Tensor, g: Tensor, *state: Tensor) -> str | None:
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in (p, g, *state)):
+        return "a C kernel needs contiguous CPU tensors"
+    wrong = [t for t in (p, g) if t.dtype not in DTYPES]
+    return f"a C kernel serves {', '.join(map(str, DTYPES))}, not {wrong[0].dtype}" if wrong else None
+
+
+def _why_not_dtype(state: Tensor, dtype: torch.dtype) -> str | None:
+    return None if state.dtype == dtype else f"a C kernel needs {dtype} state, not {state.dtype}"
+
+
+@register("adamw", "cpu", unless=_why_not_adamw)
+def adamw_cpu(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
+    pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype], exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+    load().adamw(*pointers, p.numel(), ctypes.byref(_step(step)), torch.get_num_threads())
+
+
+@register("adamw_8bit", "cpu", unless=_why_not_8bit)
+def adamw_8bit_cpu(
+    p: Tensor, g: Tensor, exp_avg: Tensor, absmax: Tensor, exp_avg_sq: Tensor, absmax_sq: Tensor, step: AdamWStep
+) -> None:
+    pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype])
+    state = (t.data_ptr() for t in (exp_avg, absmax, exp_avg_sq, absmax_sq))
+    maps = [ctypes.byref(StateMap(*(t.data_ptr() for t in state_map(signed)))) for signed in (True, False)]
+    load().adamw_8bit(*pointers, *state, *maps, p.numel(), ctypes.byref(_step(step)), torch.get_num_threads())
+
+
+def _step(step: AdamWStep) -> Step:
+    return Step(
+        decay=1 - step.lr * step.weight_decay,
+        take1=1 - step.beta1,
+        keep2=step.beta2,
+        take2=1 - step.beta2,
+        root2=math.sqrt(1 - step.beta2**step.t),
+        eps=step.eps,
+        rate=-step.lr / (1 - step.beta1**step.t),
+    )
+
+
+@lru_cache
+def state_map(signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """level fp32 (256,), threshold fp32 (256,), first uint8 (65536,): adamw.h says what they are."""
+    level = dynamic_map(signed)
+    middle = (level[:-1].double() + level[1:].double()) / 2
+    nearest = middle.float()
+    above = torch.nextafter(nearest, torch.tensor(math.inf))
+    upper_is_even = torch.arange(1, 256) % 2 == 0  # a tie goes up
+    enough = (nearest.double() > middle) | ((nearest.double() == middle) & upper_is_even)
+    threshold = torch.cat([torch.where(enough, nearest, above), torch.tensor([math.inf])])
+    halves = torch.arange(65536, dtype=torch.int32)
+    lowest = torch.where(halves < 32768, halves << 16, (halves << 16) | 0xFFFF)  # a negative's largest magnitude
+    least = lowest.to(torch.int32).view(torch.float32)
+    return level, threshold, (threshold[None, :] <= least[:, None]).sum(dim=1).to(torch.uint8)

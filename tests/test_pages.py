@@ -1,0 +1,243 @@
+"""optim/pages, optim/transport: contents survive every budget; misses are Belady's; counters, overlap, failures."""
+
+import errno
+import gc
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from optim.pages import PageTable
+from optim.transport import FolderTransport, HostTransport, SlowTransport
+
+CPU = torch.device("cpu")
+PAGE = 4096
+
+
+def table(n_pages: int, frames: int, transport=None, **options) -> PageTable:
+    used = [PAGE - 64 * (page % 3) for page in range(n_pages)]
+    return PageTable(used, PAGE, transport or SlowTransport(), budget=frames * PAGE, **options)
+
+
+def walk(pages: PageTable, order=None, write=True) -> None:
+    for _ in pages.walk(order or range(len(pages.used)), write=write):
+        pass
+
+
+@pytest.fixture(params=["host", "folder", "slow"])
+def transport(request, tmp_path):
+    return {"host": HostTransport(CPU), "folder": FolderTransport(tmp_path, CPU), "slow": SlowTransport()}[
+        request.param
+    ]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("frames", [0, 1, 2, 3, 5, 6, 9])
+def test_pages_keep_what_was_written(transport, frames, prefetch):
+    pages = table(6, frames, transport, prefetch=prefetch)
+    wanted = [0] * 6
+    for turn, order in enumerate([range(6), [3, 1], range(6), [5], [4, 0, 2], range(6)]):
+        for page, frame in pages.walk(order):
+            assert frame[: pages.used[page]].eq(wanted[page]).all(), "zeros at first, then what was left there"
+            wanted[page] = 10 * turn + page + 1
+            frame.fill_(wanted[page])
+    for page, frame in pages.walk(range(6), write=False):
+        assert frame[: pages.used[page]].eq(wanted[page]).all()
+    pages.close()
+
+
+def belady_misses(order: list[int], frames: int, prefetch: bool) -> int:
+    """The fewest misses there can be: evict what is needed furthest in the future; the page in use cannot go."""
+    held: set[int] = set()
+    misses = 0
+
+    def next_use(page: int, at: int) -> int:
+        return next((i for i in range(at, len(order)) if order[i] == page), len(order))
+
+    def bring(at: int, pinned: set[int]) -> None:
+        nonlocal misses
+        if order[at] not in held:
+            misses += 1
+            if len(held) == frames:
+                held.remove(max(held - pinned, key=lambda page: next_use(page, at)))
+            held.add(order[at])
+
+    for at, page in enumerate(order):
+        bring(at, set())
+        if prefetch and at + 1 < len(order):
+            bring(at + 1, {page})
+    return misses
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("n_pages", [2, 3, 7, 12])
+def test_in_a_circle_mru_misses_as_little_as_can_be_and_lru_as_much(n_pages, prefetch):
+    rounds = 9
+    order = list(range(n_pages)) * rounds
+    for frames in range(2, n_pages + 1):
+        mru = table(n_pages, frames, prefetch=prefetch)
+        lru = table(n_pages, frames, prefetch=prefetch, policy="lru")
+        for _ in range(rounds):
+            walk(mru)
+            walk(lru)
+        assert mru.stats.misses == belady_misses(order, frames, prefetch)
+        assert lru.stats.hits == (0 if frames < n_pages else n_pages * (rounds - 1))
+        assert mru.stats.hits >= lru.stats.hits
+        assert mru.stats.hits + mru.stats.misses == len(order)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5, 8, 9, 10])
+def test_the_table_of_the_documentation(frames):
+    mru, lru = table(10, frames), table(10, frames, policy="lru")
+    for _ in range(10):
+        walk(mru)
+        walk(lru)
+    cells = (frames, lru.stats.hits, mru.stats.hits, mru.stats.page_ins, mru.stats.page_outs)
+    page = (Path(__file__).parent.parent / "docs" / "paging.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
+
+
+def test_all_resident_moves_nothing_and_never_opens_the_slow_tier():
+    class Never(SlowTransport):
+        def open(self, n_pages, page_bytes):
+            raise AssertionError
+
+    pages = table(5, 5, Never())
+    walk(pages)
+    walk(pages)
+    assert (pages.stats.misses, pages.stats.hits) == (5, 5), "the first uses, then nothing"
+    assert pages.stats.page_ins == pages.stats.page_outs == pages.stats.bytes_in == pages.stats.bytes_out == 0
+
+
+def test_counters_of_two_frames_and_four_pages():
+    """By hand. Used bytes of a page: 4096, 4032, 3968, 4096. `+` brings, `-` writes back.
+
+    walk 1: +0 +1 | -0 +2 | -1 +3 | -2 +0     (the end of a walk brings the first page of the next)
+    walk 2: 0 | -3 +1 | -0 +2 | -1 +3 | -2 +0
+    """
+    pages = table(4, 0)
+    walk(pages)
+    walk(pages)
+    walk(pages, [0])  # only to wait for the page on its way
+    assert (pages.stats.hits, pages.stats.misses) == (0, 9)
+    assert (pages.stats.page_outs, pages.stats.page_ins) == (7, 5)
+    assert pages.stats.bytes_out == 4096 + 4032 + 3968 + 4096 + 4096 + 4032 + 3968
+    assert pages.stats.bytes_in == 4096 + 4032 + 3968 + 4096 + 4096
+    assert pages.resident_bytes == 2 * PAGE
+    assert pages.spilled_bytes == 4032 + 3968
+
+
+def test_a_page_that_was_only_read_is_not_written_back():
+    pages = table(4, 2)
+    walk(pages)
+    walk(pages, write=False)
+    outs = pages.stats.page_outs
+    walk(pages, write=False)
+    walk(pages, write=False)
+    assert pages.stats.page_outs == outs <= 4
+    assert pages.stats.page_ins >= 8
+
+
+def test_the_next_page_is_brought_while_this_one_is_worked_on():
+    """A page takes 5 ms each way and is worked on for 20 ms: with prefetch nobody waits, without it 10 ms a page."""
+    waits = {}
+    for prefetch in (True, False):
+        pages = table(6, 0, SlowTransport(latency=0.005), prefetch=prefetch)
+        walk(pages)
+        before = pages.stats.wait_seconds
+        for _ in pages.walk(range(6)):
+            time.sleep(0.02)
+        waits[prefetch] = pages.stats.wait_seconds - before
+        pages.close()
+    assert waits[False] >= 6 * 0.010
+    assert waits[True] < waits[False] / 3
+
+
+def test_a_slow_device_takes_latency_and_bytes_over_bandwidth():
+    slow = SlowTransport(bytes_per_second=PAGE / 0.004, latency=0.002)
+    (frame,) = slow.frames(1, PAGE)
+    start = time.perf_counter()
+    slow.write(0, frame)
+    slow.read(0, frame)
+    assert time.perf_counter() - start >= 2 * 0.006
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("fails", ["read", "write"])
+def test_a_failing_slow_tier_is_an_error_and_no_page_is_lost(fails, prefetch):
+    class Failing(SlowTransport):
+        broken = False
+
+        def read(self, page, frame):
+            if self.broken and fails == "read":
+                raise OSError(errno.EIO, "the disk is gone")
+            super().read(page, frame)
+
+        def write(self, page, frame):
+            if self.broken and fails == "write":
+                raise OSError(errno.EIO, "the disk is gone")
+            super().write(page, frame)
+
+    slow = Failing()
+    pages = table(5, 0, slow, prefetch=prefetch)
+    for page, frame in pages.walk(range(5)):
+        frame.fill_(page + 1)
+    slow.broken = True
+    with pytest.raises(OSError, match="the disk is gone"):
+        walk(pages)
+    slow.broken = False
+    for page, frame in pages.walk(range(5)):
+        assert frame[: pages.used[page]].eq(page + 1).all()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(re.search(r"^Anonymous:\s+(\d+) kB", text, re.MULTILINE).group(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_memory_is_really_freed(tmp_path):
+    page, n_pages = 2**20, 64
+
+    def measure(frames: int) -> tuple[int, int]:
+        gc.collect()
+        before = anonymous_bytes()
+        pages = PageTable([page] * n_pages, page, FolderTransport(tmp_path, CPU), budget=frames * page)
+        for _, frame in pages.walk(range(n_pages)):
+            frame.fill_(1)
+        del frame
+        while_open = anonymous_bytes() - before
+        pages.close()
+        return while_open, anonymous_bytes() - before
+
+    whole, after_whole = measure(64)
+    tenth, after_tenth = measure(6)
+    assert whole >= 64 * page
+    assert whole - tenth >= 0.95 * 58 * page
+    assert max(after_whole, after_tenth) < 2 * page
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+def test_a_folder_that_cannot_take_the_pages_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    message = r"the spill folder .*file must take 20,480 bytes of optimizer state: "
+    with pytest.raises(OSError, match=message + "(File exists|Not a directory)"):
+        table(5, 0, FolderTransport(tmp_path / "file", CPU))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="must take 20,480 bytes of optimizer state: No space left on device"):
+        table(5, 0, FolderTransport(tmp_path, CPU))
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="policy must be one of mru, lru, got 'fifo'"):
+        table(3, 2, policy="fifo")
+    with pytest.raises(ValueError, match="must not be negative, got -4096"):
+        table(3, -1)

@@ -1,0 +1,249 @@
+"""trainers/safety, optimizers and checkpoints: stopped, killed, damaged or diverging runs lose nothing.
+
+QLORA_KILLS=20 QLORA_KILL_SEED=1 pytest tests/test_safety.py -k kill kills more often, elsewhere.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora
+from optim import PagedAdamW
+from tests.small_base import write_base, write_rows
+from trainers import sft
+from trainers.checkpoint import all_checkpoints
+from trainers.metrics import MetricsFile, read_metrics
+from trainers.optimizers import make_optimizer
+from trainers.safety import Skips
+
+ROOT = Path(__file__).parent.parent
+PAGE_BYTES = 8192  # so that the tiny model needs several
+RUN = f"import json, sys; from trainers import optimizers, sft; optimizers.PAGE_BYTES = {PAGE_BYTES}; "
+RUN += "sft.train(sft.SFTConfig(**json.loads(sys.argv[1])), quiet=True)"
+KILLS, KILL_SEED = int(os.environ.get("QLORA_KILLS", "2")), int(os.environ.get("QLORA_KILL_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    monkeypatch.setattr("trainers.optimizers.PAGE_BYTES", PAGE_BYTES)
+
+
+@pytest.fixture
+def config(base, tmp_path) -> sft.SFTConfig:
+    data = write_rows(tmp_path / "rows.jsonl")
+    return sft.SFTConfig(
+        data=str(data), out=str(tmp_path / "run"), model=str(base), max_steps=8, batch_size=2, accumulation=1, r=4,
+        learning_rate=5e-3, dropout=0.1, samples=0, threads=1, save_every=2, method="full",
+        optimizer="paged_adamw_8bit", optimizer_budget=0,
+    )  # fmt: skip
+
+
+def result_bytes(out: Path | str) -> bytes:
+    (file,) = [*Path(out).glob("model/*.safetensors"), *Path(out).glob("adapter/*.safetensors")]
+    return file.read_bytes()
+
+
+def unfinish(config: sft.SFTConfig) -> None:
+    """As if the run had been killed before it wrote its result."""
+    shutil.rmtree(Path(config.out) / ("model" if config.method == "full" else "adapter"))
+
+
+def start(config: sft.SFTConfig) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config.__dict__)], cwd=ROOT, env=environment)
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    while len(read_metrics(out / "metrics.jsonl")) < step:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit"])
+def test_no_budget_changes_a_bit_and_a_run_may_go_on_with_another(config, tmp_path, method, optimizer):
+    config = replace(config, method=method, optimizer=optimizer)
+    whole = replace(config, out=str(tmp_path / "whole"), optimizer_budget=None)
+    sft.train(whole, quiet=True)
+    sft.train(config, quiet=True)
+    assert result_bytes(config.out) == result_bytes(whole.out)
+    shutil.rmtree(all_checkpoints(Path(config.out) / "checkpoints")[-1])
+    unfinish(config)
+    sft.train(replace(config, resume=True, optimizer_budget=10**9), quiet=True)
+    assert result_bytes(config.out) == result_bytes(whole.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path, number, capsys):
+    config = replace(config, max_steps=30, save_every=0)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    sft.train(whole, quiet=True)
+    calls = []
+
+    class Signalling(MetricsFile):
+        def append(self, **row):
+            super().append(**row)
+            calls.append(row["step"])
+            if row["step"] == 3:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "MetricsFile", Signalling)
+        patch.setattr(qlora, "parse", lambda *_: config)
+        assert qlora.main(["sft"]) == 130
+    assert signal.getsignal(number) == before
+    assert calls[-1] in (3, 4), "the step under way is finished, no more"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"stopped by {number.name} after step {calls[-1]}, which is saved" in said
+    command = said.partition("go on with: ")[2].split()
+    assert command[:2] == ["qlora", "sft"]
+    assert not list(Path(config.out).glob("model*"))
+    assert qlora.main(command[1:]) == 0
+    assert result_bytes(config.out) == result_bytes(whole.out)
+
+
+def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path):
+    """In training, in evaluation, while a checkpoint is written: each step does all three."""
+    config = replace(config, max_steps=40, save_every=1, eval_data=config.data, eval_every=1)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    sft.train(whole, quiet=True)
+    rng = random.Random(KILL_SEED)
+    process = start(config)
+    wait_for_step(Path(config.out), 1)
+    for _ in range(KILLS):
+        done = len(read_metrics(Path(config.out) / "metrics.jsonl"))
+        if done >= 36:
+            break
+        wait_for_step(Path(config.out), done + rng.randint(0, 3))
+        time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        process = start(replace(config, resume=True))
+        wait_for_step(Path(config.out), done + 1)
+    assert process.wait() == 0
+    assert result_bytes(config.out) == result_bytes(whole.out)
+    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.jsonl")] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw"])
+def test_one_wrong_bit_in_a_checkpoint_is_noticed(config, file, optimizer):
+    config = replace(config, optimizer=optimizer, max_steps=2)
+    sft.train(config, quiet=True)
+    unfinish(config)
+    path = Path(config.out) / "checkpoints" / "step-000002" / file
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=rf"{file} is damaged: its bytes are not those that were saved"):
+        sft.train(replace(config, resume=True), quiet=True)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(config, monkeypatch):
+    save = PagedAdamW.save_state
+
+    def full(self, folder, names=None):
+        if "step-000004" in str(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, folder, names)
+
+    monkeypatch.setattr(PagedAdamW, "save_state", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        sft.train(config, quiet=True)
+    monkeypatch.undo()
+    folder = Path(config.out) / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-000002"], "nothing half-written"
+    sft.train(replace(config, resume=True), quiet=True)
+    assert all_checkpoints(folder)[-1].name == "step-000008"
+
+
+def test_another_optimizer_is_another_run(config):
+    sft.train(replace(config, max_steps=2), quiet=True)
+    with pytest.raises(ValueError, match="has optimizer 'paged_adamw_8bit', now it is 'paged_adamw'"):
+        sft.train(replace(config, max_steps=2, optimizer="paged_adamw", resume=True), quiet=True)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_limited():
+    skips = Skips(allowed=2)
+    assert skips.is_good(1.0, 1.0)
+    assert not skips.is_good(float("nan"), 1.0)
+    assert not skips.is_good(1.0, float("inf"))
+    assert skips.is_good(1.0, 1.0)
+    assert not skips.is_good(1.0, float("nan"))
+    assert not skips.is_good(1.0, float("nan"))
+    with pytest.raises(ValueError, match=r"loss is nan, gradient norm 1.0, after 2 updates skipped"):
+        skips.is_good(float("nan"), 1.0)
+    assert skips.total == 4
+
+
+def test_a_bad_step_changes_nothing_but_the_count(config, monkeypatch):
+    config = replace(config, max_steps=4, method="lora", dropout=0.0)
+    real = sft.sft_loss
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(sft, "sft_loss", poisoned)
+    sft.train(config, quiet=True)
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1]
+    assert rows[2]["loss"] is None, "JSON has no NaN"
+    assert rows[3]["loss"] < rows[0]["loss"]
+
+
+def test_the_counters_are_in_the_metrics_and_are_shown(config, capsys):
+    sft.train(config, quiet=True)
+    paging = read_metrics(Path(config.out) / "metrics.jsonl")[-1]["paging"]
+    assert paging["page_ins"] > 8
+    assert paging["resident_bytes"] == 2 * PAGE_BYTES
+    assert qlora.main(["inspect", "run", config.out]) == 0
+    said = capsys.readouterr().out
+    assert f"{paging['misses']:,} misses" in said
+    assert "checkpoints  step-000006, step-000008" in said
+    assert "peak memory" in said
+    assert "optimizer paged_adamw_8bit" in said
+    assert qlora.main(["inspect", "run", str(Path(config.out).parent)]) == 2
+    assert "holds no run: it has no config.json" in capsys.readouterr().err
+
+
+def test_the_flags_choose_the_optimizer(config, tmp_path):
+    named = [(f"a.lora_{half}.default", torch.nn.Parameter(torch.ones(8, 2))) for half in "AB"]
+    plain = make_optimizer(replace(config, optimizer="adamw"), named)
+    assert type(plain) is torch.optim.AdamW
+    paged = make_optimizer(replace(config, method="lora", loraplus_ratio=16.0), named)
+    assert isinstance(paged, PagedAdamW)
+    assert (paged.state_bits, paged.device_budget, paged.spill) == (8, 0, Path(config.out) / "spill")
+    assert [group.get("rate_factor", 1.0) for group in paged.param_groups] == [1.0, 16.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer must be one of adamw, paged_adamw, paged_adamw_8bit, got 'sgd'"),
+        ({"optimizer_budget": -1}, "--optimizer-budget must not be negative, got -1"),
+        ({"loraplus_ratio": 16.0}, "--loraplus-ratio is for lora and qlora"),
+        ({"method": "lora", "loraplus_ratio": 0.0}, "--loraplus-ratio must be above 0"),
+        ({"max_skipped": -1}, "--max-skipped must not be negative"),
+    ],
+)
+def test_flags_out_of_range_are_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
