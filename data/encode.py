@@ -11,6 +11,7 @@ what it writes there is dropped and EOS is put, and learnt: generation stops on 
    generation starts from. Everything else is tokenized as one text, as transformers does: the ids are the same unless
    a token would reach across the ┃ (an answer that starts with a newline, in ChatML; where a newline is a word of its
    own, as in GPT-2, the two that end Llama 3's prompt) or the end token is missing.
+ - A tokenizer that puts a space before every text (SentencePiece's) puts none before an answer: it goes on with a text.
  - Special tokens are read only in the template's own text. "<|im_end|>" inside a message stays plain text.
  - BOS is what the template writes. Tokenizers here never add one, and two in front become one.
  - An example longer than max_seq_length loses its end; one with nothing learnt left is dropped. Both are counted.
@@ -231,9 +232,30 @@ def _tokenize(tokenizer: Tokenizer, rendering: Rendering, start: int, stop: int)
     if inside:
         pieces = _apart(template, start, stop)
     for first, last, parse_special in pieces:
-        ids, offsets = tokenizer.encode_with_offsets(rendering.text[first:last], parse_special=parse_special)
+        goes_on = _goes_on(tokenizer, rendering.text, first)
+        encode = partial(_encode_on, tokenizer) if goes_on else tokenizer.encode_with_offsets
+        ids, offsets = encode(rendering.text[first:last], parse_special=parse_special)
         for token, (offset, _) in zip(ids, offsets, strict=True):
             yield token, first + offset
+
+
+def _goes_on(tokenizer: Tokenizer, text: str, start: int) -> bool:
+    """Whether text[start:] must be encoded as the rest of a text, since the tokenizer puts a space before every text.
+
+    SentencePiece's do, and after every special token too.
+    """
+    if start == 0 or tokenizer.encode("\nx", parse_special=False)[-1:] == tokenizer.encode("x", parse_special=False):
+        return False
+    return not any(text.endswith(token, 0, start) for token in tokenizer.special_tokens)
+
+
+def _encode_on(tokenizer: Tokenizer, text: str, *, parse_special: bool) -> tuple[list[int], list[Span]]:
+    """encode_with_offsets without a space in front: what follows a newline, unless the newline joins it."""
+    newline = tokenizer.encode("\n", parse_special=False)
+    ids, offsets = tokenizer.encode_with_offsets("\n" + text, parse_special=parse_special)
+    if ids[: len(newline)] != newline:
+        return tokenizer.encode_with_offsets(text, parse_special=parse_special)
+    return ids[len(newline) :], [(start - 1, stop - 1) for start, stop in offsets[len(newline) :]]
 
 
 def _apart(special: list[Span], start: int, stop: int) -> list[tuple[int, int, bool]]:

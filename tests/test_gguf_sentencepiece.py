@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.chat import render, template_of
+from data.encode import encode_messages, encode_prompt
 from models import Tokenizer, load_tokenizer
 from models.gguf_sentencepiece import merges_of
 
@@ -113,6 +115,24 @@ def test_a_text_after_a_special_token_starts_with_a_space_too(tokenizer: Tokeniz
         *by_the_rule("cat"),
     ]
     assert tokenizer.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+
+@pytest.mark.parametrize("template", ["vicuna", "chatgpt", "alpaca", "plain"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_an_answer_gets_no_space_that_the_whole_text_has_not(template: str, prefix: bool, tmp_path: Path) -> None:
+    """The ids of a conversation are those of its text as one; those before its last answer are the prompt's."""
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", add_space_prefix=prefix)).with_chat_template(template)
+    asked = [{"role": "user", "content": "the cat sat"}]
+    messages = [*asked, {"role": "assistant", "content": "on the mat"}, {"role": "user", "content": "that"}]
+    whole = [*messages, {"role": "assistant", "content": "is that."}]
+    text = render(template_of(tokenizer), whole, bos_token="<s>", eos_token="</s>")
+    example = encode_messages(tokenizer, whole, max_seq_length=10_000)
+    ids = tokenizer.encode(text)
+    assert example.ids[: len(ids)] == ids[: len(example.ids)]
+    prompt = encode_prompt(tokenizer, messages)
+    assert example.ids[: len(prompt)] == prompt
+    learnt = [id for id, counts in zip(example.ids, example.completion_mask, strict=True) if counts]
+    assert tokenizer.decode(learnt).split("</s>")[1].strip() == "is that."
 
 
 def test_without_the_space_in_front(tmp_path: Path) -> None:
