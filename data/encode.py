@@ -244,18 +244,22 @@ def _goes_on(tokenizer: Tokenizer, text: str, start: int) -> bool:
 
     SentencePiece's do, and after every special token too.
     """
-    if start == 0 or tokenizer.encode("\nx", parse_special=False)[-1:] == tokenizer.encode("x", parse_special=False):
+    if start == 0 or _plain(tokenizer, "\nx")[-1:] == _plain(tokenizer, "x"):
         return False
     return not any(text.endswith(token, 0, start) for token in tokenizer.special_tokens)
 
 
 def _encode_on(tokenizer: Tokenizer, text: str, *, parse_special: bool) -> tuple[list[int], list[Span]]:
     """encode_with_offsets without a space in front: what follows a newline, unless the newline joins it."""
-    newline = tokenizer.encode("\n", parse_special=False)
+    newline = _plain(tokenizer, "\n")
     ids, offsets = tokenizer.encode_with_offsets("\n" + text, parse_special=parse_special)
     if ids[: len(newline)] != newline:
         return tokenizer.encode_with_offsets(text, parse_special=parse_special)
     return ids[len(newline) :], [(start - 1, stop - 1) for start, stop in offsets[len(newline) :]]
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode_with_offsets(text, parse_special=False)[0]
 
 
 def _apart(special: list[Span], start: int, stop: int) -> list[tuple[int, int, bool]]:
