@@ -4,7 +4,7 @@
    registers and are multiplied with every row at once. With one row the block's scale multiplies the block's sum and
    not each weight. */
 
-enum { SMALL = 8, SMALL_OUT = 32, L1_FLOATS = 4096 };
+enum { SMALL = 8, SMALL_OUT = 32, L1_FLOATS = 4096, AHEAD = 1024 };
 
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
 INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / 32 * 32; }
@@ -25,9 +25,10 @@ INLINE void scales_of(const weight *q, int64_t first, int64_t n, float *scales) 
 }
 
 /* sums[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 32 · groups. x is [group][m][32], in the order of
-   decode32_mixed; first is a multiple of 32. */
-INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t groups, float *sums,
-                    const int M) {
+   decode32_mixed; first is a multiple of 32. The bytes `ahead` are fetched meanwhile: pieces of rows are too short for
+   the processor to notice where they lead. */
+INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t groups,
+                    int64_t ahead, float *sums, const int M) {
     enum { VECS = 32 / LANES };
     const int64_t per_block = q->shift - 5, start = first >> 5, first_block = first >> q->shift;
     float scales[L1_FLOATS / 32];
@@ -37,6 +38,7 @@ INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const 
     const uint8_t *packed = q->packed + (first >> 1);
     for (int64_t group = 0; group < groups; group++, packed += 16, x += 32 * M) {
         vec levels[VECS], scale = every(scales[((start + group) >> per_block) - first_block]);
+        __builtin_prefetch(packed + ahead);
         decode32_mixed(packed, code, levels);
         if (M == 1) {
             vec part = levels[0] * load(x);
@@ -66,9 +68,10 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 INLINE void few_rows_tile(const product *p, const codebook *code, const float *x, int64_t n0, const int M) {
     float sums[SMALL_OUT][SMALL] = {{0}}, line[SMALL_OUT];
     int64_t outputs = smaller(SMALL_OUT, p->N - n0), columns = columns_of(M);
+    int64_t ahead = columns < p->K ? columns / 2 : AHEAD;
     for (int64_t k = 0; k < p->K; k += columns)
         for (int64_t n = 0; n < outputs; n++)
-            dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k) / 32, sums[n], M);
+            dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k) / 32, ahead, sums[n], M);
     for (int m = 0; m < M; m++) {
         for (int64_t n = 0; n < outputs; n++) {
             line[n] = sums[n][m];
