@@ -120,7 +120,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path
 
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path):
     """In training, in evaluation, while a checkpoint is written: each step does all three."""
-    config = replace(config, max_steps=40, save_every=1, eval_data=config.data, eval_every=1)
+    steps = 10 + 8 * KILLS  # more than can pass before the last kill
+    config = replace(config, max_steps=steps, save_every=1, eval_data=config.data, eval_every=1)
     whole = replace(config, out=str(tmp_path / "whole"))
     sft.train(whole, quiet=True)
     rng = random.Random(KILL_SEED)
@@ -128,8 +129,6 @@ def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path)
     wait_for_step(Path(config.out), 1)
     for _ in range(KILLS):
         done = len(read_metrics(Path(config.out) / "metrics.jsonl"))
-        if done >= 36:
-            break
         wait_for_step(Path(config.out), done + rng.randint(0, 3))
         time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
@@ -138,7 +137,7 @@ def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path)
         wait_for_step(Path(config.out), done + 1)
     assert process.wait() == 0
     assert result_bytes(config.out) == result_bytes(whole.out)
-    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.jsonl")] == list(range(1, 41))
+    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.jsonl")] == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors"])
