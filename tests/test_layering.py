@@ -149,9 +149,15 @@ def test_the_import_check_sees_a_planted_import(line: str) -> None:
     assert not forbidden_imports("kernels", "from quant import quantize\nfrom . import lora\nimport kernels.matmul")
 
 
-# planted in text, never run: without them a check that finds nothing could not be told from one that works
 @pytest.mark.parametrize(
-    "line", ["import pickle", "torch.load('x')", "from torch import load", "f = torch.save", "from pickle import loads"]
+    "line",
+    [  # text that the check must find, parsed and never run: a check that finds nothing would pass without it
+        "import pickle",  # the reason above: no pickle is read or written anywhere
+        "torch.load('x')",  # text only, as above
+        "from torch import load",
+        "f = torch.save",
+        "from pickle import loads",
+    ],
 )
 def test_the_pickle_check_sees_a_planted_one(line: str) -> None:
     assert pickling(line)
