@@ -15,7 +15,7 @@ The terms are further columns of the same product: with L = [x_1 A_1ᵀ …] (M,
 
 so they are added in the accumulator, and y is rounded once. In bf16 that is more than speed: y + s·(xAᵀ)Bᵀ, added after
 y was rounded, loses every update that is smaller than half of y's last bit, which is most of them when training starts.
-Twenty steps of SmolLM2 so lagged by up to 0.15 nats behind fp32, and by 0.01 when rounded once (docs/log.md).
+Twenty LoRA steps of SmolLM2 so lagged by up to 0.15 nats behind fp32; rounded once, by 0.012 (docs/log.md).
 
 Saved for backward: x, each x_i of its own, A_i, B_i, L_i, and a dense W. Never Ŵ = dequantize(q).
 """
