@@ -67,3 +67,8 @@ class SavedModule(nn.Module):
         if isinstance(module, nn.Linear):
             return kernels.linear(args[0], module.weight, module.bias)
         return module(*args, **kwargs)
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """What a forward of `module` runs now: of a SavedModule the copy that is on, or its original."""
+    return module.now if isinstance(module, SavedModule) else module

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import DecoderConfig
-from .elementwise import rotate
+from .elementwise import apply_rope as apply_rope
 from .rope_config import yarn_scale
 
 SMALLEST_CHUNK = 64
@@ -92,11 +92,6 @@ def rope_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -
     """scale · cos and scale · sin of p·ω for position_ids (B, T): each fp32 (B, T, 1, Dh/2)."""
     angles = position_ids[:, :, None, None].float() * frequencies
     return angles.cos() * scale, angles.sin() * scale
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, Dh), turned; computed in fp32, returned in x.dtype."""
-    return rotate(x, cos, sin)
 
 
 def allowed_pairs(

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from lora import LoRALinear, SavedModule, captured_adapters
+from lora import LoRALinear, captured_adapters
 from lora.linear import base_weight
+from lora.saved_module import in_use
 
 from .attention import (
     Band,
     Runs,
-    apply_rope,
     band,
     cached_attention,
     causal_attention,
@@ -44,7 +44,7 @@ from .attention import (
     rope_tables,
 )
 from .config import DecoderConfig
-from .elementwise import rms_norm, swiglu
+from .elementwise import apply_rope, rms_norm, swiglu
 from .kv_cache import KVCache
 from .recompute import recomputed
 
@@ -143,11 +143,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        h = self.input_layernorm(x)
-        with recomputed(h, lambda: self.input_layernorm(x), when=shared.lean):
+        # the norms of now: by the time of backward another adapter may be on
+        first, second = in_use(self.input_layernorm), in_use(self.post_attention_layernorm)
+        h = first(x)
+        with recomputed(h, lambda: first(x), when=shared.lean):
             y = x + self.self_attn(h, shared)
-        h = self.post_attention_layernorm(y)
-        with recomputed(h, lambda: self.post_attention_layernorm(y), when=shared.lean):
+        h = second(y)
+        with recomputed(h, lambda: second(y), when=shared.lean):
             return y + self.mlp(h, shared)
 
 
@@ -239,7 +241,7 @@ class Decoder(nn.Module):
             if layer.drops and torch.is_grad_enabled():
                 raise ValueError("an adapter on lm_head cannot train with dropout: set it to 0, or leave lm_head out")
             return kernels.Head(base_weight(layer.base_layer), tuple(layer.terms()), layer.bias)
-        layer = layer.now if isinstance(layer, SavedModule) else layer
+        layer = in_use(layer)
         return kernels.Head(base_weight(layer), (), layer.bias)  # type: ignore[arg-type]
 
     def _shared(

@@ -29,8 +29,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, Dh), each pair (i, i + Dh/2) turned by its angle; cos and sin fp32 (B or 1, T, 1, Dh/2)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, Dh) → the same, each pair (i, i + Dh/2) turned by its angle; cos and sin fp32 (B or 1, T, 1, Dh/2).
+
+    Computed in fp32, returned in x.dtype.
+    """
     return _Rotate.apply(x, cos, sin)
 
 

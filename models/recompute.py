@@ -2,7 +2,7 @@
 
 A layer's matrices save their input for backward: q, k and v the normed x, the down projection silu(a) ⊙ b. Those inputs
 are cheap functions of tensors that are kept anyway. Inside `recomputed(h, make)` whatever would save h for backward
-saves `make` instead; backward calls it once and drops the result after the last use.
+saves `make` instead; backward calls it once and drops the result after the last use, each backward that there is.
 
     with recomputed(h, lambda: rms_norm(x, g, eps)):
         y = q_proj(h)
@@ -24,15 +24,16 @@ class _Recipe:
     """Makes a tensor again when the first of its users asks, and forgets it after the last."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        self.make, self.users = make, 0
+        self.make, self.users, self.waiting = make, 0, 0
         self.value: Tensor | None = None
 
     def take(self) -> Tensor:
         if self.value is None:
             with torch.no_grad():
                 self.value = self.make()
-        value, self.users = self.value, self.users - 1
-        if self.users <= 0:
+            self.waiting = self.users
+        value, self.waiting = self.value, self.waiting - 1
+        if self.waiting == 0:
             self.value = None
         return value
 

@@ -145,6 +145,25 @@ def test_recomputation_uses_the_adapters_and_the_backend_of_the_forward(monkeypa
         assert torch.equal(gradient, model.get_parameter(name).grad), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["lean", "checkpointing"])
+def test_backward_uses_the_norms_of_the_forward(checkpointing: bool) -> None:
+    """Norms that an adapter has trained whole are computed again in backward, though it is off by then."""
+    model = small_decoder()
+    add_adapter(model, LoRAConfig(r=4, modules_to_save=["layernorm"]))
+    for name, parameter in trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=1.0 if "layernorm" in name else 0.1)
+    ids = torch.randint(0, 96, (1, 12))
+    wanted = gradients(model, lambda: loss_of(model, ids))
+    model.gradient_checkpointing = checkpointing
+    model.zero_grad()
+    loss = loss_of(model, ids)
+    with disabled_adapters(model):
+        loss.backward()
+    assert len(wanted) == len(trainable_parameters(model))
+    for name, gradient in wanted.items():
+        assert torch.equal(gradient, model.get_parameter(name).grad), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("setting", ["mistral", "qwen2, last layers windowed", "qwen3, biases and a window", "smollm3"])
 def test_a_family_loads_in_4_bits_and_wears_an_adapter(setting: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.attention import rope_tables
-from models.elementwise import rms_norm, rotate, swiglu
+from models.elementwise import apply_rope, rms_norm, swiglu
 from models.recompute import recomputed
 from tests.accuracy import assert_as_accurate_as, leaf
 
@@ -27,8 +27,8 @@ COS, SIN = rope_tables(torch.arange(7)[None], torch.tensor([1.0, 0.3, 0.05]), 1.
 CASES = {
     "rms_norm": (lambda x, g: rms_norm(x, g, 1e-5), rms_plain, [(3, 7, 10), (10,)]),
     "swiglu": (swiglu, lambda a, b: F.silu(a) * b, [(3, 7, 10), (3, 7, 10)]),
-    "rotate": (
-        lambda x: rotate(x, COS, SIN),
+    "apply_rope": (
+        lambda x: apply_rope(x, COS, SIN),
         lambda x: rotate_plain(x, COS.to(x.dtype), SIN.to(x.dtype)),
         [(2, 7, 3, 6)],
     ),
@@ -72,7 +72,7 @@ def test_each_keeps_its_inputs_alone():
     a, b = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
     assert kept_bytes(swiglu(a, b)) == a.nbytes + b.nbytes
     heads = torch.randn(1, 7, 3, 6, requires_grad=True)
-    assert kept_bytes(rotate(heads, COS, SIN)) == COS.nbytes + SIN.nbytes
+    assert kept_bytes(apply_rope(heads, COS, SIN)) == COS.nbytes + SIN.nbytes
 
 
 def test_a_recomputed_tensor_is_made_once_for_all_its_users_and_gives_the_same_gradients():
@@ -98,10 +98,14 @@ def test_a_recomputed_tensor_is_made_once_for_all_its_users_and_gives_the_same_g
     del h
     loss = sum(y.sin().sum() for y in outputs)
     assert not made
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert len(made) == 1
     for t, grad in zip((x, *weights), wanted, strict=True):
         assert torch.equal(t.grad, grad)
+    loss.backward()
+    assert len(made) == 2
+    for t, grad in zip((x, *weights), wanted, strict=True):
+        assert torch.equal(t.grad, 2 * grad)
 
 
 def test_nothing_is_recomputed_unless_asked():
