@@ -14,8 +14,6 @@ The report is printed, and saved as merge_report.json in the folder. The chat te
 goes into the folder too.
 """
 
-import json
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +23,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from data.encode import encode_dataset
+from data import DataFlags, encode_dataset, read_datasets
 from lora import LinearNF4, MergeReport, disabled_adapters, load_adapter, merge_adapter, quantize_model
 from models import Decoder, Tokenizer, load_model, load_tokenizer, save_model
 from models.compare import Difference, compare, outputs
 from models.save import check_target
-from trainers.sft import read_dataset
+from trainers.run_folder import write_json
 
 from .loaded import with_chat
 from .quantize import DTYPES
@@ -92,7 +90,7 @@ def run(args: MergeArgs) -> None:
     warnings = complaints(args.into, merged.cost, gain)
     show(merged.report, tried, gain)
     save_model(merged.model, args.out, tokenizer=tokenizer)
-    _write(Path(args.out) / REPORT, as_json(args, merged, tried, gain, sum(map(len, rows)), warnings))
+    write_json(Path(args.out) / REPORT, as_json(args, merged, tried, gain, sum(map(len, rows)), warnings))
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"{args.out}: merged into {args.into}, onto the {merged.onto} weights; the report is in {REPORT}")
@@ -104,8 +102,8 @@ def sample(tokenizer: Tokenizer, data: str | None, tokens: int) -> list[list[int
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in SAMPLE]
         rows = [tokenizer.apply_chat_template(messages) for messages in turns]
     else:
-        read, schema = read_dataset(data)
-        encoded = encode_dataset(tokenizer, read[:64], schema, max_seq_length=ROW_TOKENS, path=data)
+        read, _ = read_datasets(DataFlags(data=data))
+        encoded = encode_dataset(tokenizer, read.rows[:64], read.schema, max_seq_length=ROW_TOKENS, path=data)
         rows = [example.ids for example in encoded.examples]
     kept: list[list[int]] = []
     for row in rows:
@@ -214,9 +212,3 @@ def as_json(
         "adapter_effect": gain._asdict(),
         "warnings": warnings,
     }
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)

@@ -7,6 +7,7 @@ adapters that are on together only one may have a given one.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -40,6 +41,13 @@ def adapter_state(model: nn.Module) -> AdapterState:
     return state
 
 
+def check_known(state: AdapterState, *names: str) -> None:
+    """Raises ValueError for a name that is no adapter's of this model."""
+    for name in names:
+        if name not in state.configs:
+            raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
+
+
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """Switch to adapter `name`, or to the sum of several: they are active and trainable, the others neither.
 
@@ -47,9 +55,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """
     state = adapter_state(model)
     names = (name,) if isinstance(name, str) else tuple(name)
-    for wanted in names:
-        if wanted not in state.configs:
-            raise ValueError(f"no adapter is named {wanted!r}: the model has {sorted(state.configs)}")
+    check_known(state, *names)
     layers = adapter_layers(model)
     for path, layer in layers.items():
         copies = layer.modules_to_save if isinstance(layer, SavedModule) else getattr(layer, "trained_bias", ())
@@ -70,13 +76,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises ValueError for a name the model does not have.
     """
     state = adapter_state(model)
-    if name not in state.configs:
-        raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
+    check_known(state, name)
     for path, layer in adapter_layers(model).items():
         layer.remove(name)
         if not layer.adapters:
-            base = layer.original_module if isinstance(layer, SavedModule) else layer.base_layer
-            replace_module(model, path, base)
+            replace_module(model, path, base_of(layer))
     del state.configs[name]
     state.active = tuple(active for active in state.active if active != name)
 
@@ -84,6 +88,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Every layer that holds adapters by its path, in the model's order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def base_of(module: Any) -> Any:
+    """The base's module that an adapter layer stands for; anything else as it is."""
+    if isinstance(module, SavedModule):
+        return module.original_module
+    return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

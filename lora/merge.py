@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import kernels
 from quant import QuantizedTensor
 
-from .adapters import AdapterLayer, adapter_layers, adapter_state, replace_module
+from .adapters import AdapterLayer, adapter_layers, adapter_state, check_known, replace_module
 from .config import LoRAConfig
 from .embedding import LoRAEmbedding
 from .linear import base_weight
@@ -74,8 +74,7 @@ def merge_adapter(
     was.
     """
     state = adapter_state(model)
-    if name not in state.configs:
-        raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
+    check_known(state, name)
     if into not in ("dense", "nf4"):
         raise ValueError(f"into must be 'dense' or 'nf4', got {into!r}")
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}

@@ -8,7 +8,7 @@ The adapter's name is not in the files: it is chosen when loading. In a tree, th
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapters import adapter_layers, adapter_state, set_adapter
+from .adapters import adapter_layers, adapter_state, check_known, set_adapter
 from .attach import attach, check_name
 from .config import LoRAConfig
 from .embedding import LoRAEmbedding
@@ -58,7 +58,7 @@ def save_adapter(
     Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
     lost. OSError where the folder cannot be written.
     """
-    _check_known(model, [name])
+    check_known(adapter_state(model), name)
     _check_replaceable(Path(folder), [])
     with written_aside(folder) as aside:
         _write(model, aside, name, base_model_name)
@@ -79,7 +79,7 @@ def save_adapters(
     names = list(adapter_state(model).configs) if names is None else list(names)
     if not names:
         raise ValueError(f"{folder}: at least one adapter must be named to be saved")
-    _check_known(model, names)
+    check_known(adapter_state(model), *names)
     _check_replaceable(Path(folder), [name for name in names if name != TOP])
     with written_aside(folder) as aside:
         for name in names:
@@ -201,13 +201,6 @@ def _write(model: nn.Module, folder: Path, name: str, base_model_name: str | Non
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_known(model: nn.Module, names: Iterable[str]) -> None:
-    state = adapter_state(model)
-    for name in names:
-        if name not in state.configs:
-            raise ValueError(f"no adapter is named {name!r}: the model has {sorted(state.configs)}")
 
 
 def _check_replaceable(folder: Path, below: Sequence[str]) -> None:

@@ -20,11 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapters import AdapterLayer
+from .adapters import base_of
 from .config import LoRAConfig
 from .linear import base_weight
 from .peft_config import CONFIG, no_key_twice
-from .saved_module import SavedModule
 from .sites import EMBEDDING, LINEAR, Sites, bias_sites, check_trainable, is_target, outer_modules
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -103,7 +102,7 @@ def fitted(model: nn.Module, weights: Weights, config: LoRAConfig, folder: Path)
     saved = tuple(path for path in modules if path in weights.saved)
     biases = bias_sites(model, config, low_rank, saved)
     for path, tensor in weights.biases.items():
-        here = getattr(_base(modules.get(path)), "bias", None)
+        here = getattr(base_of(modules.get(path)), "bias", None)
         same = here is not None and (
             tensor.shape == here.shape if path in biases else torch.equal(tensor.to(here), here)
         )
@@ -153,7 +152,7 @@ def _check_low_rank(modules: dict[str, nn.Module], weights: Weights, config: LoR
         if module is None or not isinstance(module, EMBEDDING if is_embedding else LINEAR):
             kind = "embedding" if is_embedding else "linear layer"
             raise ValueError(f"{folder} {ELSEWHERE}: this one has no {kind} {path}")
-        out, into = base_weight(_base(module)).shape
+        out, into = base_weight(base_of(module)).shape
         out, into = (into, out) if is_embedding else (out, into)
         r = config.rank(path)
         wanted = ((r, into), (out, r))
@@ -179,7 +178,7 @@ def _check_saved(modules: dict[str, nn.Module], weights: Weights, config: LoRACo
         if module is None:
             raise ValueError(f"{folder} {ELSEWHERE}: this one has no module {path}, one of its modules_to_save")
         check_trainable(path, module)
-        wanted = {name: tuple(tensor.shape) for name, tensor in _base(module).state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in base_of(module).state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(wanted.keys() | found.keys()):
             there, here = found.get(name, "missing"), wanted.get(name, "missing")
@@ -187,14 +186,7 @@ def _check_saved(modules: dict[str, nn.Module], weights: Weights, config: LoRACo
                 raise ValueError(f"{folder} {ELSEWHERE}: {path}.{name} is {there} in {WEIGHTS}, and {here} in this one")
 
 
-def _base(module: Any) -> Any:
-    """What an adapter's layer stands for."""
-    if isinstance(module, SavedModule):
-        return module.original_module
-    return module.base_layer if isinstance(module, AdapterLayer) else module
-
-
 def _check_copy(module: nn.Module | None, copied: Tensor, path: str, folder: Path) -> None:
-    base = None if module is None else base_weight(_base(module))
+    base = None if module is None else base_weight(base_of(module))
     if base is None or (isinstance(base, Tensor) and not torch.equal(copied.to(base), base)):
         raise ValueError(f"{folder / WEIGHTS} {ELSEWHERE}: {path}.base_layer.weight is not this one's weight")

@@ -54,9 +54,9 @@ def outputs(model: Decoder, rows: Sequence[Sequence[int]]) -> Outputs:
 def compare(p: Outputs, q: Outputs) -> Difference:
     """q against p, of the same rows. Raises ValueError when the logits of either are not finite."""
     V = p.head.weight.shape[0]
-    kl, change = 0.0, 0.0
-    for start in range(0, len(p.hidden), max(CHUNK // V, 1)):
-        chunk = slice(start, start + max(CHUNK // V, 1))
+    kl, change, positions = 0.0, 0.0, max(CHUNK // V, 1)
+    for start in range(0, len(p.hidden), positions):
+        chunk = slice(start, start + positions)
         ours, theirs = _logits(p, chunk), _logits(q, chunk)
         if not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
             raise ValueError("the models cannot be compared: their logits are NaN or infinite")

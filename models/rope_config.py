@@ -14,17 +14,22 @@ Left out, refused by name: dynamic NTK, longrope, frequencies by kind of layer, 
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from math import log
 from typing import Any
 
 from .fields import flag, integer, number, short
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-KEYS = (
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
-    *("low_freq_factor", "high_freq_factor"),
-    *("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
-)
+FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+"""The fields of RopeConfig that each type has, under their names in config.json."""
+ROPE_TYPES = tuple(FIELDS)
+READ_ONLY = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim")
+KEYS = tuple(dict.fromkeys((*READ_ONLY, *chain.from_iterable(FIELDS.values()))))
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,9 @@ def read_rope(raw: dict[str, Any], where: str) -> RopeConfig:
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """rope_theta and rope_scaling of a config.json."""
-    names = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
-    }[rope.rope_type]
-    scaling = {"rope_type": rope.rope_type} | {name: getattr(rope, name) for name in names}
-    if rope.rope_type == "yarn" and rope.attention_factor is not None:
-        scaling["attention_factor"] = rope.attention_factor
-    return {"rope_theta": rope.theta, "rope_scaling": scaling if names else None}
+    held = {name: getattr(rope, name) for name in FIELDS[rope.rope_type]}
+    scaling = {name: value for name, value in held.items() if value is not None}
+    return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.rope_type} | scaling if scaling else None}
 
 
 def _original_context(raw: dict[str, Any], given: dict[str, Any], where: str) -> int:

@@ -206,7 +206,7 @@ def _folder_files(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(
         where=str(folder),
         tokenizer=read_json(folder / "tokenizer.json"),
-        config=_without_template(_json_if_there(folder / "tokenizer_config.json")) | chat.tokens,
+        config=chat.config | chat.tokens,
         chat_template=chat.chat_template,
         eos_ids=chat.eos_ids,
     )
@@ -216,6 +216,8 @@ def _folder_files(folder: Path) -> TokenizerFiles:
 class _ChatFiles:
     """What a folder says beside the vocabulary."""
 
+    config: dict[str, Any]
+    """tokenizer_config.json without chat_template"""
     tokens: dict[str, str | None]
     """bos_token, eos_token and pad_token"""
     chat_template: str | None
@@ -227,17 +229,13 @@ def _chat_files(folder: Path) -> _ChatFiles:
     listed = _json_if_there(folder / "special_tokens_map.json")
     names = ("bos_token", "eos_token", "pad_token")
     tokens = {key: _token_text(config.get(key, listed.get(key)), key, folder) for key in names}
-    template, jinja = config.get("chat_template"), folder / "chat_template.jinja"
+    template, jinja = config.pop("chat_template", None), folder / "chat_template.jinja"
     if jinja.is_file():
         try:
             template = jinja.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{jinja}: a chat template must be text in UTF-8") from None
-    return _ChatFiles(tokens, _default_template(template, folder), _eos_ids(folder / "generation_config.json"))
-
-
-def _without_template(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "chat_template"}
+    return _ChatFiles(config, tokens, _default_template(template, folder), _eos_ids(folder / "generation_config.json"))
 
 
 def _json_if_there(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every test gets: the same random numbers each time, and, on request, fresh memory full of NaN."""
+"""What every test gets: the same random numbers each time. On request: fresh memory full of NaN, small row chunks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def seed() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[64, 1 << 20], ids=["many chunks", "one chunk"])
+def row_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load_model reads this many elements at a time."""
+    monkeypatch.setattr("models.load.CHUNK", request.param)
 
 
 @pytest.fixture

@@ -161,6 +161,7 @@ def test_what_is_written_is_read_back(setting: str, tmp_path: Path) -> None:
             {"rope_scaling": {"type": "dynamic", "factor": 4}},
             'rope type "dynamic" is not supported; supported: default, linear, llama3, yarn',
         ),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r'rope type \["yarn"\] is not supported'),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a positive number, got nothing"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, r"low_freq_factor \(4.0\) must be below high_freq_factor"),
         ({"rope_scaling": "linear"}, 'rope_parameters must be an object, got "linear"'),

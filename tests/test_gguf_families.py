@@ -24,11 +24,8 @@ STORED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("setting", STORED)
-@pytest.mark.parametrize("chunk", [64, 1 << 20], ids=["many chunks", "one chunk"])
-def test_a_file_of_each_family_comes_back_to_the_bit(
-    setting: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models.load, "CHUNK", chunk)
+@pytest.mark.usefixtures("row_chunks")
+def test_a_file_of_each_family_comes_back_to_the_bit(setting: str, tmp_path: Path) -> None:
     model = small_decoder(**FAMILIES[setting])
     write_gguf(model, tmp_path / "m.gguf", **STORED[setting])
     loaded = load_model(tmp_path / "m.gguf")

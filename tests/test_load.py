@@ -44,11 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("chunk", [64, 1 << 20], ids=["many chunks", "one chunk"])
-def test_a_folder_comes_back_to_the_bit(
-    setting: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(models.load, "CHUNK", chunk)
+@pytest.mark.usefixtures("row_chunks")
+def test_a_folder_comes_back_to_the_bit(setting: str, tmp_path: Path) -> None:
     model = small_decoder(**SETTINGS[setting])
     for shard in (10**9, 30_000):
         save_model(model, tmp_path / "m", max_shard_bytes=shard)
@@ -57,12 +54,9 @@ def test_a_folder_comes_back_to_the_bit(
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s != "linear rope"])
-@pytest.mark.parametrize("chunk", [64, 1 << 20], ids=["many chunks", "one chunk"])
-def test_a_gguf_file_comes_back_to_the_bit(
-    setting: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("row_chunks")
+def test_a_gguf_file_comes_back_to_the_bit(setting: str, tmp_path: Path) -> None:
     """In llama.cpp's row order and names; llama3's scaling by its factors."""
-    monkeypatch.setattr(models.load, "CHUNK", chunk)
     changes = dict(SETTINGS[setting])
     if setting == "llama3 rope":  # the context that Llama 3 files presuppose
         changes["rope"] = type(LLAMA3)("llama3", 500_000.0, 8.0, 1.0, 4.0, 8192)
