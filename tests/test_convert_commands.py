@@ -101,6 +101,7 @@ def test_a_merge_onto_4_bit_weights(base: str, made: Path, tmp_path: Path, capsy
     assert torch.equal(logits(merged), logits(wanted))  # type: ignore[arg-type]
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["text"] == str(made / "rows.jsonl")
+    assert (report["onto"], list(report["tried"])) == ("held", ["held"])
     assert report["tokens"] <= 512
     assert 0 < report["merging"]["kl"] < 0.5 * report["adapter_effect"]["kl"]
     assert 0.01 < report["total_weight_error"] < 1
@@ -128,6 +129,14 @@ def test_a_merge_into_4_bits_tries_the_original_weights_too(made: Path, tmp_path
         tmp_path / best / "model.safetensors"
     ).read_bytes()
     assert f"onto the {best} weights" in " ".join(capsys.readouterr().out.split())
+
+
+def test_onto_the_original_weights_the_layers_without_an_adapter_are_in_4_bits_too(made: Path, tmp_path: Path) -> None:
+    save_adapter(add_adapter(load_model(made / "base"), LoRAConfig(r=4, target_modules=["q_proj"])), tmp_path / "q")
+    flags = ("--into", "nf4", "--quantize", "nf4", "--onto", "original")
+    run("merge", made / "base", tmp_path / "q", tmp_path / "out", *flags)
+    wanted = load_model(made / "base", quantize="nf4")  # B is zero: nothing but the form changes
+    assert torch.equal(logits(load_model(tmp_path / "out")), logits(wanted))
 
 
 def test_updates_below_half_a_step_are_lost_on_4_bit_weights_and_that_is_called_out(

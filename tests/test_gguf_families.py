@@ -14,7 +14,7 @@ from models import load_model
 from tests.small_llama import FAMILIES, MISTRAL, QWEN2, QWEN3, assert_same, small_decoder, write_gguf
 
 STORED: dict[str, dict[str, Any]] = {
-    "mistral without a window": {},
+    "mistral without a window": {"attention__sliding_window": 0},
     "mistral": {"attention__sliding_window": 5},
     "qwen2": {},
     "qwen3": {},

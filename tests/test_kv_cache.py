@@ -129,6 +129,24 @@ def test_a_full_ring_needs_no_mask() -> None:
     assert hidden_pairs(model, cache, 2) == [True, True]
 
 
+@torch.no_grad()
+def test_no_slot_is_written_twice_and_padding_sees_something() -> None:
+    """Which of two writes stays is undefined, and so is softmax over nothing: kernels differ."""
+    model = small_decoder(**FAMILIES["mistral"])
+    cache = KVCache(model.config, 2, 40)
+    segments = (torch.arange(12) < torch.tensor([[12], [8]])).long()
+    model(torch.randint(0, 96, (2, 12)), segment_ids=segments, cache=cache)
+    (ring,) = cache.rings.values()
+    rows, columns, slots = ring._slots
+    assert len(set(zip(rows.tolist(), slots.tolist(), strict=True))) == len(slots) == 2 * 5
+    assert columns.tolist() == [*range(7, 12), *range(3, 8)]
+    positions, last = cache.next_tokens(2)
+    padded = last * torch.tensor([[1], [0]])
+    cache.extend(positions, padded, [2, 0], False)
+    for mask in cache.masks(positions, padded, torch.float32).values():
+        assert (mask == 0).any(dim=-1).all()
+
+
 def test_a_cache_that_is_full_or_padded_on_the_left_is_refused() -> None:
     """A ring is full only where the capacity is less than the window."""
     model = small_decoder()

@@ -69,6 +69,11 @@ def test_a_gguf_file_comes_back_to_the_bit(setting: str, tmp_path: Path) -> None
     assert loaded.config.head_dim == model.config.head_dim
 
 
+def test_rope_factors_of_one_are_no_scaling(tmp_path: Path) -> None:
+    write_gguf(small_decoder(rope=type(LLAMA3)("llama3", 500.0, 1.0, 1.0, 4.0, 8192)), tmp_path / "m.gguf")
+    assert load_model(tmp_path / "m.gguf").config.rope == type(LLAMA3)(theta=500.0)
+
+
 def test_linear_rope_in_a_gguf_file(tmp_path: Path) -> None:
     model = small_decoder(**SETTINGS["linear rope"])
     write_gguf(model, tmp_path / "m.gguf", rope__scaling__type="linear", rope__scaling__factor=4.0)

@@ -111,6 +111,17 @@ def test_an_embedding_starts_as_no_change_and_unseen_tokens_stay_so() -> None:
     assert touched.tolist() == [True] * 3 + [False] * (VOCAB - 3)
 
 
+def test_the_padding_token_of_an_embedding_is_not_trained_and_stays_one() -> None:
+    model = Model()
+    model.model.embed_tokens = nn.Embedding(VOCAB, D, padding_idx=1)
+    add_adapter(model, LoRAConfig(r=4, target_modules=["embed_tokens"]))
+    model(IDS).sum().backward()
+    touched = model.model.embed_tokens.lora_embedding_A["default"].grad.abs().sum(dim=0) > 0
+    assert touched.tolist() == [True, False, *[True] * (VOCAB - 2)]
+    merge_adapter(model)
+    assert model.model.embed_tokens.padding_idx == 1
+
+
 # What is trained
 
 

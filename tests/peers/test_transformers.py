@@ -197,7 +197,10 @@ def test_a_gguf_file_of_ours_gives_their_logits(tmp_path: Path) -> None:
     assert torch.equal(ours(ids), model(ids))
 
 
-@pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
+STEP = RopeConfig("yarn", 500.0, 4.0, original_max_position_embeddings=6)  # the ramp's two ends meet
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, STEP], ids=["llama3", "yarn", "yarn, a step"])
 def test_rope_frequencies_equal_theirs(rope: RopeConfig) -> None:
     config = small_config(rope=rope, head_dim=64)
     theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf())).model.rotary_emb
