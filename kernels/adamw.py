@@ -39,7 +39,8 @@ class AdamWStep:
 
 
 def adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
-    """Update p, exp_avg and exp_avg_sq (n,) by the gradient g (n,)."""
+    """Update p, exp_avg and exp_avg_sq (n,) by the gradient g (n,). Raises ValueError when their lengths differ."""
+    _check_lengths(p.numel(), p, g, exp_avg, exp_avg_sq)
     call = (p, g, exp_avg, exp_avg_sq, step)
     implementation("adamw", backend_for("adamw", p.device, *call))(*call)
 
@@ -48,8 +49,15 @@ def adamw_8bit(
     p: Tensor, g: Tensor, exp_avg: Tensor, absmax: Tensor, exp_avg_sq: Tensor, absmax_sq: Tensor, step: AdamWStep
 ) -> None:
     """The same with codes uint8 (n,) and absmax fp32 (⌈n / 256⌉,) of both moments."""
+    _check_lengths(p.numel(), p, g, exp_avg, exp_avg_sq)
+    _check_lengths(-(-p.numel() // STATE_BLOCK), absmax, absmax_sq)
     call = (p, g, exp_avg, absmax, exp_avg_sq, absmax_sq, step)
     implementation("adamw_8bit", backend_for("adamw_8bit", p.device, *call))(*call)
+
+
+def _check_lengths(n: int, *tensors: Tensor) -> None:
+    if any(t.shape != (n,) for t in tensors):
+        raise ValueError(f"adamw needs tensors of {n} elements in one row, got {[tuple(t.shape) for t in tensors]}")
 
 
 @register("adamw", "reference")

@@ -50,7 +50,7 @@ class Case:
 
     def compile(self, target: int) -> Row:
         """Raises nothing: a compiler's error is the row's status."""
-        name = f"{self.name}", str(self.config)
+        name = self.name, str(self.config)
         try:
             compiled = triton.compile(
                 self._source(),

@@ -26,7 +26,7 @@ NOTE = "Instruction counts and hardware limits of compiled code, for GPUs that w
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one target. Sizes in bytes; `per_weight` counts the main loop."""
+    """What one kernel became on one target. Sizes in bytes; `per_weight` and `pipes` count the main loop."""
 
     target: str
     kernel: str
@@ -39,7 +39,7 @@ class Row:
     stack: int = 0
     shared: int = 0
     tensor: int = 0
-    """tensor-core instructions in the main loop"""
+    """tensor-core instructions, in all of the kernel"""
     per_weight: float | None = None
     pipes: str = ""
 

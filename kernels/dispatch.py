@@ -81,7 +81,7 @@ def backend_for(operation: str, device: torch.device, *call: Any) -> str:
         reason = _why_not(operation, preferred, call)
         if reason is None:
             return preferred
-        _say_once(f"the reference backend serves where {preferred} would be faster: {reason}")
+        say_once(f"the reference backend serves where {preferred} would be faster: {reason}")
         return "reference"
     reason = _why_not(operation, name, call)
     if reason is not None:
@@ -126,7 +126,8 @@ def _why_not(operation: str, backend: str, call: tuple[Any, ...]) -> str | None:
     return reason
 
 
-def _say_once(notice: str) -> None:
+def say_once(notice: str) -> None:
+    """A line in the log "qlora", the first time only."""
     if notice not in _said:
         _said.add(notice)
         logging.getLogger("qlora").warning(notice)

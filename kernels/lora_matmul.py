@@ -31,7 +31,7 @@ from quant import QuantizedTensor
 
 from .dequantize import dequantize
 from .dispatch import backend_for, captured_backend, implementation, register
-from .matmul import linear, matmul, sum_rows
+from .matmul import check_length, linear, matmul, sum_rows
 
 
 class LoRATerm(NamedTuple):
@@ -68,6 +68,10 @@ def lora_matmul(
                 f"an adapter of a base {(N, K)} needs A (r, {K}) and B ({N}, r), "
                 f"got A {tuple(term.A.shape)} and B {tuple(term.B.shape)}"
             )
+        if term.x is not None and term.x.shape != x.shape:
+            raise ValueError(f"an adapter's own x must be of x's shape, {tuple(x.shape)}, got {tuple(term.x.shape)}")
+    check_length("bias", bias, N)
+    check_length("row_scale", row_scale, N)
     run = implementation("lora_matmul", backend_for("lora_matmul", x.device))
     return run(x, base, adapters, bias, row_scale)
 

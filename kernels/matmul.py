@@ -24,13 +24,20 @@ from .dispatch import backend_for, implementation, register, use_backend
 def matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · dequantize(q)ᵀ (K, N) + bias (N,) → (…, N) in x.dtype. Differentiable in x and bias.
 
-    Raises ValueError when q is not 2-D, or x's last dimension is not q's K.
+    Raises ValueError when q is not 2-D, x's last dimension is not q's K, or bias is not (N,).
     """
     if len(q.shape) != 2 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"matmul needs x (…, K) and a quantized weight (N, K), got {tuple(x.shape)} and {q.shape}")
+    check_length("bias", bias, q.shape[0])
     if not torch.is_grad_enabled():  # decoding: autograd's bookkeeping would cost as much as a small product
         return implementation("matmul", backend_for("matmul", x.device, x, q))(x, q, bias)
     return _QuantizedMatmul.apply(x, bias, q)
+
+
+def check_length(name: str, vector: Tensor | None, N: int) -> None:
+    """Raises ValueError unless vector is None or (N,): a kernel would read past the end of a shorter one."""
+    if vector is not None and vector.shape != (N,):
+        raise ValueError(f"{name} must be ({N},), got {tuple(vector.shape)}")
 
 
 @register("matmul", "reference")

@@ -6,6 +6,8 @@ import quant
 
 from .dispatch import backend_for, implementation, register
 
+FOUR_BIT_TYPES = ("nf4", "fp4", "int4")  # what the C and Triton kernels serve
+
 register("quantize", "reference")(quant.quantize)
 
 

@@ -97,10 +97,15 @@ def nearest_code(scaled: Tensor, code: Tensor) -> Tensor:
 
     The code book need not be sorted. Of equal levels (±0) the one with the lowest index is used.
     """
+    midpoints, index_of_level = nearest_table(code)
+    return index_of_level[torch.bucketize(scaled, midpoints, out_int32=True)]
+
+
+def nearest_table(code: Tensor) -> tuple[Tensor, Tensor]:
+    """What `nearest_code` looks up, of L distinct levels: midpoints fp32 (L-1,), ascending, and indices uint8 (L,)."""
     levels = torch.unique(code)  # sorted
     index_of_level = (code[None, :] == levels[:, None]).int().argmax(dim=1).to(torch.uint8)
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    return index_of_level[torch.bucketize(scaled, midpoints, out_int32=True)]
+    return (levels[:-1] + levels[1:]) / 2, index_of_level
 
 
 def pack(indices: Tensor, zero: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import kernels
 import quant
-from kernels import LoRATerm, use_backend
+from kernels import LoRATerm, dispatch, use_backend
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytest.importorskip("triton", reason="Linux only")
@@ -152,9 +152,9 @@ def test_leading_dimensions_strides_and_no_rows() -> None:
         ("nf4", 64, torch.float64, "activations are torch.float64"),
     ],
 )
-def test_other_shapes_go_through_dequantize_and_say_so(quant_type, K, dtype, reason, caplog) -> None:
+def test_other_shapes_go_through_dequantize_and_say_so(quant_type, K, dtype, reason, caplog, monkeypatch) -> None:
     q, x = quant.quantize(torch.randn(6, K), quant_type=quant_type), leaf(torch.randn(3, K, dtype=dtype))
-    matmul._say_once.cache_clear()
+    monkeypatch.setattr(dispatch, "_said", set())
     with use_backend("triton"):
         y = kernels.matmul(x, q)
         kernels.matmul(x, q)

@@ -1,9 +1,11 @@
 """kernels/cpu: the quantized operations in plain C, for x86 (AVX-512, AVX2) and everything else (portable).
 
+    kernels.c        the C, compiled once for each instruction set; cpuid.c: which of them this processor runs
     simd.h           the few things that differ between vector units
     storage.h        a quantized weight, and rows of numbers, in C
     quantize.h       quantize and dequantize
     adamw.h          the optimizer's step, with 32-bit and 8-bit state
+    product.h        what a product takes, and its workspace
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
     build.py         compiles them into a cache

@@ -16,7 +16,7 @@ from quant import dynamic_map
 
 from ..adamw import AdamWStep
 from ..dispatch import register
-from .library import DTYPES, load
+from .library import DTYPES, load, why_not
 
 
 class Step(ctypes.Structure):
@@ -32,24 +32,14 @@ class StateMap(ctypes.Structure):
 
 
 def _why_not_adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> str | None:
-    return _why_not(p, g, exp_avg, exp_avg_sq) or _why_not_dtype(exp_avg, torch.float32)
+    return why_not(DTYPES, p, g) or why_not((torch.float32,), exp_avg, exp_avg_sq)
 
 
 def _why_not_8bit(
     p: Tensor, g: Tensor, exp_avg: Tensor, absmax: Tensor, exp_avg_sq: Tensor, absmax_sq: Tensor, step: AdamWStep
 ) -> str | None:
-    return _why_not(p, g, exp_avg, absmax, exp_avg_sq, absmax_sq)
-
-
-def _why_not(p: Tensor, g: Tensor, *state: Tensor) -> str | None:
-    if any(t.device.type != "cpu" or not t.is_contiguous() for t in (p, g, *state)):
-        return "a C kernel needs contiguous CPU tensors"
-    wrong = [t for t in (p, g) if t.dtype not in DTYPES]
-    return f"a C kernel serves {', '.join(map(str, DTYPES))}, not {wrong[0].dtype}" if wrong else None
-
-
-def _why_not_dtype(state: Tensor, dtype: torch.dtype) -> str | None:
-    return None if state.dtype == dtype else f"a C kernel needs {dtype} state, not {state.dtype}"
+    codes, scales = why_not((torch.uint8,), exp_avg, exp_avg_sq), why_not((torch.float32,), absmax, absmax_sq)
+    return why_not(DTYPES, p, g) or codes or scales
 
 
 @register("adamw", "cpu", unless=_why_not_adamw)

@@ -1,6 +1,7 @@
 /* kernels.c: the CPU kernels, compiled once per instruction set (simd.h). library.py builds and calls them.
 
-   Bounds: every pointer is to a contiguous tensor of the size that its comment names, checked in Python. */
+   Bounds: every pointer is to a contiguous tensor of the size that its comment names, checked in Python: sizes
+   where an operation is called (kernels/matmul.py …), dtype, device and contiguity in library.py. */
 
 #include "simd.h"
 #include "storage.h"

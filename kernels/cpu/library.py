@@ -7,8 +7,10 @@ by default it is the best that this processor runs.
 import ctypes
 import os
 import threading
+from collections.abc import Collection
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -97,11 +99,27 @@ def load() -> Library:
 
 @lru_cache
 def _load(asked: str) -> Library:
-    path = str(build())
-    usable = [isa for isa in isas() if isa == "portable" or getattr(ctypes.CDLL(path), f"runs_{isa}")()]
+    path = build()
+    usable = usable_isas(path)
     if asked and asked not in usable:
         raise ValueError(f"QLORA_CPU_ISA must be one of {', '.join(usable)} on this machine, got {asked!r}")
-    return Library(path, asked or usable[-1])
+    return Library(str(path), asked or usable[-1])
+
+
+def usable_isas(library: Path) -> tuple[str, ...]:
+    """The instruction sets of a compiled library that this processor runs, the fastest last."""
+    loaded = ctypes.CDLL(str(library))
+    return tuple(isa for isa in isas() if isa == "portable" or getattr(loaded, f"runs_{isa}")())
+
+
+def why_not(served: Collection[torch.dtype], *tensors: Tensor, strided: bool = False) -> str | None:
+    """Why C cannot take these tensors, or None: it reads CPU memory, of these dtypes, contiguous unless `strided`."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not (strided or tensor.is_contiguous()):
+            return f"a C kernel needs {'' if strided else 'contiguous '}CPU tensors"
+        if tensor.dtype not in served:
+            return f"a C kernel serves {', '.join(map(str, served))}, not {tensor.dtype}"
+    return None
 
 
 def weight(q: QuantizedTensor) -> Weight:
@@ -123,9 +141,7 @@ _readable: WeakKeyDictionary[QuantizedTensor, str | None] = WeakKeyDictionary()
 def _why_not_readable(q: QuantizedTensor) -> str | None:
     if len(q.code) != 16:
         return f"only 4-bit types have a C kernel, not {q.quant_type}"
-    if any(not (t.is_contiguous() and t.device.type == "cpu") for t in q.tensors().values()):
-        return "a C kernel needs contiguous CPU tensors"
-    return None
+    return why_not((torch.uint8, torch.float32), *q.tensors().values())
 
 
 _own = threading.local()

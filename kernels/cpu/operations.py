@@ -18,13 +18,14 @@ from torch import Tensor
 
 import quant
 from quant import QuantizedTensor
-from quant.blockwise import BLOCKSIZES
+from quant.blockwise import BLOCKSIZES, nearest_table
 from quant.codebook import codebook, dynamic_map
 from quant.double_quant import BLOCKSIZE2
 from quant.tensor import shared_map
 
 from ..dispatch import register, register_backend
-from .library import DTYPES, Nearest, Product, load, weight, why_missing, why_not_weight, workspace
+from ..quantize import FOUR_BIT_TYPES
+from .library import DTYPES, Nearest, Product, load, weight, why_missing, why_not, why_not_weight, workspace
 
 GROUP = 32  # weights decoded at once
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
@@ -39,27 +40,21 @@ register_backend("cpu", why_missing, describe)
 
 
 def _why_not_dequantize(q: QuantizedTensor, out: Tensor) -> str | None:
-    return _why_not_dtype(out.dtype, tuple(DTYPES)) or why_not_weight(q)
+    return why_not(DTYPES, out) or why_not_weight(q)
 
 
 def why_not_product(x: Tensor, q: QuantizedTensor, *_: object) -> str | None:
     if q.shape[1] % GROUP:
         return f"a C kernel needs K to be a multiple of {GROUP}, got {q.shape[1]}"
-    return _why_not_dtype(x.dtype, PRODUCT_DTYPES) or why_not_weight(q)
+    return why_not(PRODUCT_DTYPES, x, strided=True) or why_not_weight(q)
 
 
 def _why_not_quantize(
     values: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
 ) -> str | None:
-    if values.device.type != "cpu":
-        return "a C kernel needs CPU tensors"
-    if values.is_floating_point() and values.dtype not in DTYPES:
-        return _why_not_dtype(values.dtype, tuple(DTYPES))
-    return None if quant_type in ("nf4", "fp4", "int4") else f"only 4-bit types have a C kernel, not {quant_type}"
-
-
-def _why_not_dtype(dtype: torch.dtype, served: tuple[torch.dtype, ...]) -> str | None:
-    return None if dtype in served else f"a C kernel serves {', '.join(map(str, served))}, not {dtype}"
+    served = DTYPES if values.is_floating_point() else (values.dtype,)  # quantize_cpu gives the definition's error
+    wrong = None if quant_type in FOUR_BIT_TYPES else f"only 4-bit types have a C kernel, not {quant_type}"
+    return why_not(served, values, strided=True) or wrong
 
 
 @register("dequantize", "cpu", unless=_why_not_dequantize)
@@ -116,15 +111,12 @@ def _double_quantize(absmax: Tensor) -> dict[str, Tensor | None]:
 
 @lru_cache
 def _nearest(quant_type: str) -> Nearest:
-    """The levels in order: a search tree over the midpoints between them, and their indices (±0: the lower one)."""
-    code = codebook(quant_type)
-    levels = torch.unique(code)
-    index = (code[None, :] == levels[:, None]).int().argmax(dim=1).tolist()
-    missing = 16 - len(levels)
-    midpoints = [*((levels[:-1] + levels[1:]) / 2).tolist(), *[float("inf")] * missing]
-    tree = Nearest(index=(ctypes.c_int32 * 16)(*index, *[index[-1]] * missing))
+    """quant.blockwise.nearest_table, the midpoints as a search tree."""
+    midpoints, indices = nearest_table(codebook(quant_type))
+    tree = Nearest(index=(ctypes.c_int32 * 16)(*indices.tolist()))
+    padded = [*midpoints.tolist(), *[float("inf")] * (15 - len(midpoints))]  # fp4 and int4 have two zeros
     for step in range(4):
-        compared = midpoints[(8 >> step) - 1 :: 16 >> step]  # 7; 3, 11; 1, 5, 9, 13; 0, 2, …
+        compared = padded[(8 >> step) - 1 :: 16 >> step]  # 7; 3, 11; 1, 5, 9, 13; 0, 2, …
         tree.midpoints[step][: len(compared)] = compared
     return tree
 

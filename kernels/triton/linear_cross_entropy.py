@@ -120,8 +120,8 @@ def linear_cross_entropy_triton(
     composed = softcap is not None or with_entropy or head.bias is not None or bool(head.adapters)
     if composed or not len(targets) or why_unserved(head.weight, hidden) is not None:
         return linear_cross_entropy_reference(hidden, head, targets, temperature, softcap, with_entropy)
-    dense = head.weight if isinstance(head.weight, Tensor) else None
-    nll = _FusedLinearCrossEntropy.apply(hidden, dense, head.weight, targets, temperature)
+    dense, q = (head.weight, None) if isinstance(head.weight, Tensor) else (None, head.weight)
+    nll = _FusedLinearCrossEntropy.apply(hidden, dense, q, targets, temperature)
     return nll, torch.zeros_like(nll)
 
 
@@ -135,22 +135,23 @@ def why_unserved(weight: Tensor | QuantizedTensor, hidden: Tensor) -> str | None
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """`dense` is the weight where it is a tensor, since autograd sees only a function's tensor arguments."""
+    """The weight is `dense` or `q`; the other is None. autograd sees only a function's tensor arguments."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         dense: Tensor | None,
-        weight: Tensor | QuantizedTensor,
+        q: QuantizedTensor | None,
         targets: Tensor,
         temperature: float,
     ) -> Tensor:
         hidden = hidden.contiguous()
+        weight = dense if q is None else q
+        assert weight is not None
         largest, log_total, at_target = _forward(hidden, weight, targets, temperature)
         ctx.save_for_backward(hidden, dense, targets, largest, log_total)
-        ctx.q = weight if isinstance(weight, QuantizedTensor) else None
-        ctx.temperature, ctx.backend = temperature, captured_backend()
+        ctx.q, ctx.temperature, ctx.backend = q, temperature, captured_backend()
         return (largest - at_target) + log_total
 
     @staticmethod
@@ -166,7 +167,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             stats = (targets[rows], largest[rows], log_total[rows], dnll[rows].contiguous())
             dz = _dz(hidden[rows], weight, ctx.temperature, *stats)
             if dx is not None:
-                dx[rows] = dz @ dense.to(dz.dtype) if ctx.q is None else matmul.backward(dz, ctx.q)
+                with ctx.backend():
+                    dx[rows] = dz @ dense.to(dz.dtype) if ctx.q is None else matmul.backward(dz, ctx.q)
             if dw is not None:
                 dw += (dz.T @ hidden[rows]).float()
         return dx, None if dw is None else dw.to(dense.dtype), None, None, None

@@ -5,7 +5,6 @@ an entry in configs.py. Everything else is dequantized (by our kernel) and given
 why, once. autotune.py times both on the shapes at hand and keeps the faster.
 """
 
-import logging
 from functools import lru_cache
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from ..dequantize import dequantize
-from ..dispatch import register
+from ..dispatch import register, say_once
 from ..lora_matmul import low_rank_product
 from . import autotune, configs
 from .configs import Config
 from .launch import EXACT, FLOATS, capability, check_device, interpreted, on_device_of, scaled_lookup, weight_arguments
 from .matmul_kernels import backward_kernel, forward_kernel, reduce_kernel
 
-log = logging.getLogger("qlora")
 REDUCE_BLOCK = 1024  # sums to a program of reduce_kernel
 GROUP = 8  # tiles of rows that use a weight tile one after the other
 Low = tuple[Tensor, Tensor]
@@ -81,7 +79,7 @@ def _run(
 ) -> Tensor:
     reason = why_unserved(q, rows.dtype, rows.device)
     if reason is not None:
-        _say_once(f"dequantize + torch.matmul for a weight {q.shape}: {reason}")
+        say_once(f"dequantize + torch.matmul for a weight {q.shape}: {reason}")
         return composed()
     if len(rows) == 0:
         return rows.new_zeros(0, q.shape[0 if direction == "forward" else 1])
@@ -198,8 +196,3 @@ def _reduce(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
 def multiprocessors(device: torch.device) -> int:
     """2 in the interpreter, so that its tests cut sums too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@lru_cache
-def _say_once(message: str) -> None:
-    log.warning(message)

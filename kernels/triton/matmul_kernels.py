@@ -58,11 +58,7 @@ def forward_kernel(
     column = tl.minimum(n, N - 1).to(tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     if HAS_LORA:
-        for r in range(0, rank if part == 0 else 0, 16):
-            k = r + tl.arange(0, 16)
-            a = tl.load(low + row[:, None] * rank + k[None, :], k[None, :] < rank, other=0.0)
-            b = tl.load(up + column[None, :] * rank + k[:, None], k[:, None] < rank, other=0.0)
-            acc = add_product(a, b, acc)
+        acc = _add_low_rank(low, row, up + column * rank, 1, rank if part == 0 else 0, rank, acc)
 
     x_tile = x + row[:, None] * K + tl.arange(0, BK)[None, :]
     w_tile = packed + column[:, None] * (K // 2) + tl.arange(0, BK // 2)[None, :]
@@ -115,11 +111,7 @@ def backward_kernel(
     row = tl.minimum(m, M - 1).to(tl.int64)
     acc = tl.zeros((BM, BK), tl.float32)
     if HAS_LORA:
-        for r in range(0, rank if part == 0 else 0, 16):
-            j = r + tl.arange(0, 16)
-            a = tl.load(low + row[:, None] * rank + j[None, :], j[None, :] < rank, other=0.0)
-            b = tl.load(up + j[:, None] * K + k[None, :], j[:, None] < rank, other=0.0)
-            acc = add_product(a, b, acc)
+        acc = _add_low_rank(low, row, up + k, K, rank if part == 0 else 0, rank, acc)
 
     byte = tile_k * (BK // 2) + tl.arange(0, BK // 2)
     block_in_row = tile_k // (BLOCKSIZE // BK)
@@ -157,6 +149,17 @@ def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     tiles_n = tl.cdiv(N, BN)
     at = tl.program_id(0)
     return tl.swizzle2d(at // tiles_n, at % tiles_n, tiles_m, tiles_n, GROUP)
+
+
+@triton.jit
+def _add_low_rank(low, row, up, step: tl.constexpr, end, rank, acc):
+    """acc + low · up over r < end. up: where each column starts; `step` lies between its elements."""
+    for r in range(0, end, 16):
+        k = r + tl.arange(0, 16)
+        a = tl.load(low + row[:, None] * rank + k[None, :], k[None, :] < rank, other=0.0)
+        b = tl.load(up[None, :] + k[:, None] * step, k[:, None] < rank, other=0.0)
+        acc = add_product(a, b, acc)
+    return acc
 
 
 @triton.jit

@@ -20,6 +20,12 @@ from ..matmul import sum_rows
 from .launch import weight_arguments
 from .matmul import backward, forward
 
+PARTS = (
+    "Tensor packed, Tensor code, Tensor absmax, Tensor absmax_code, Tensor absmax2, Tensor absmax_offset, "
+    "int N, int K, int blocksize, bool double_quant, str quant_type"
+)
+"""`parts`, as torch.library writes the arguments of an operator."""
+
 
 def matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · dequantize(q)ᵀ + bias → (…, N) in x.dtype, as one operator. Differentiable in x and bias."""
@@ -51,59 +57,28 @@ def _whole(
     return QuantizedTensor(packed, code, None, *common, absmax, absmax_code, absmax2, absmax_offset, BLOCKSIZE2)
 
 
-@torch.library.custom_op("qlora::matmul_4bit", mutates_args=())
-def matmul_4bit(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    code: Tensor,
-    absmax: Tensor,
-    absmax_code: Tensor,
-    absmax2: Tensor,
-    absmax_offset: Tensor,
-    N: int,
-    K: int,
-    blocksize: int,
-    double_quant: bool,
-    quant_type: str,
-) -> Tensor:
+@torch.library.custom_op("qlora::matmul_4bit", mutates_args=(), schema=f"(Tensor x, Tensor? bias, {PARTS}) -> Tensor")
+def matmul_4bit(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     """x (…, K) → (…, N) in x.dtype."""
-    weight = (packed, code, absmax, absmax_code, absmax2, absmax_offset, N, K, blocksize, double_quant, quant_type)
     with use_backend("triton"):
         return forward(x, _whole(*weight), bias)
 
 
-@torch.library.custom_op("qlora::matmul_4bit_dx", mutates_args=())
-def matmul_4bit_dx(
-    dy: Tensor,
-    packed: Tensor,
-    code: Tensor,
-    absmax: Tensor,
-    absmax_code: Tensor,
-    absmax2: Tensor,
-    absmax_offset: Tensor,
-    N: int,
-    K: int,
-    blocksize: int,
-    double_quant: bool,
-    quant_type: str,
-) -> Tensor:
+@torch.library.custom_op("qlora::matmul_4bit_dx", mutates_args=(), schema=f"(Tensor dy, {PARTS}) -> Tensor")
+def matmul_4bit_dx(dy: Tensor, *weight: Any) -> Tensor:
     """dy (…, N) → (…, K) in dy.dtype."""
-    weight = (packed, code, absmax, absmax_code, absmax2, absmax_offset, N, K, blocksize, double_quant, quant_type)
     with use_backend("triton"):
         return backward(dy, _whole(*weight))
 
 
 @matmul_4bit.register_fake
-def _(x: Tensor, bias: Tensor | None, packed: Tensor, *rest: Any) -> Tensor:
-    N = rest[5]
-    return x.new_empty(*x.shape[:-1], N)
+def _(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight[6])  # N
 
 
 @matmul_4bit_dx.register_fake
-def _(dy: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    K = rest[6]
-    return dy.new_empty(*dy.shape[:-1], K)
+def _(dy: Tensor, *weight: Any) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], weight[7])  # K
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

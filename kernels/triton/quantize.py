@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 import quant
-from quant.blockwise import BLOCKSIZES, double_quantize
+from quant.blockwise import BLOCKSIZES, double_quantize, nearest_table
 from quant.codebook import codebook
 from quant.tensor import shared_map
 
 from ..dispatch import register
+from ..quantize import FOUR_BIT_TYPES
 from .launch import EXACT, check_device, on_device_of
 
 WEIGHTS = 2048  # to a program
-FOUR_BITS = ("nf4", "fp4", "int4")
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def quantize_triton(
 ) -> quant.QuantizedTensor:
     """As quant.quantize, with its errors."""
     check_device("quantize", weight)
-    served = quant_type in FOUR_BITS and blocksize in BLOCKSIZES and weight.is_floating_point() and weight.numel()
+    served = quant_type in FOUR_BIT_TYPES and blocksize in BLOCKSIZES and weight.is_floating_point() and weight.numel()
     if not served:
         return quant.quantize(weight, quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
     flat = weight.detach().reshape(-1).contiguous()
@@ -79,11 +79,8 @@ def quantize_triton(
 
 @lru_cache
 def _nearest(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The midpoints between levels, in order, and the index of each level: quant.blockwise.nearest_code's tables."""
-    code = codebook(quant_type)
-    levels = torch.unique(code)
-    indices = (code[None, :] == levels[:, None]).int().argmax(dim=1)
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    missing = 16 - len(levels)  # fp4 has two zeros
-    midpoints = torch.cat([midpoints, torch.full((missing,), float("inf"))])
+    """quant.blockwise.nearest_table, as long as the kernel wants it."""
+    midpoints, indices = nearest_table(codebook(quant_type))
+    missing = 15 - len(midpoints)  # fp4 and int4 have two zeros
+    midpoints = torch.nn.functional.pad(midpoints, (0, missing), value=float("inf"))
     return midpoints.to(device), torch.nn.functional.pad(indices, (0, missing)).int().to(device)
