@@ -1,7 +1,7 @@
 """kernels/compile_check.py: what the kernels become on an A100 and an H100, and that a failed compilation is a row.
 
-Two targets and a few tiles, to stay short; `qlora bench compile` does all of them. Budgets are issue-level promises:
-instructions of the main loop for each weight looked up, masks and both levels of scales included.
+Two targets and a few tiles, to stay short; `qlora bench compile` does all of them. A budget: instructions of the main
+loop for each weight looked up, masks and both levels of scales included.
 """
 
 from __future__ import annotations

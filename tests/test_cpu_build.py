@@ -66,8 +66,15 @@ def test_two_processes_build_at_once(fresh: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_key_follows_compiler_and_sources(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (a_compiler(_folder(fresh, v), f"echo version {v}") for v in ("1", "2"))
     keys = {build.source_key([one]), build.source_key([other])}
+    for name in ("kernels.c", "simd.h"):
+        folder = _folder(fresh, f"changed {name}")
+        for source in (*build.HERE.glob("*.c"), *build.HERE.glob("*.h")):
+            (folder / source.name).write_text(source.read_text() + ("/* new */" if source.name == name else ""))
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "HERE", folder)
+            keys.add(build.source_key([one]))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    assert len(keys | {build.source_key([one])}) == 3
+    assert len(keys | {build.source_key([one])}) == 5
 
 
 def _folder(parent: Path, name: str) -> Path:
@@ -156,6 +163,16 @@ def test_what_the_kernels_do_not_serve_goes_to_the_reference_unless_they_were_as
     assert reason in caplog.text
     with use_backend("cpu"), pytest.raises(ValueError, match=reason):
         refused_calls()[reason]()
+
+
+def test_activations_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their address means nothing to a C kernel. (A meta tensor is elsewhere on every machine.)"""
+    monkeypatch.setitem(dispatch._missing, "cpu", lambda: None)
+    q, away = quant.quantize(torch.randn(8, 64)), torch.empty(8, 64, device="meta")
+    calls = (lambda: kernels.matmul(away, q), lambda: kernels.dequantize(q, out=away), lambda: kernels.quantize(away))
+    for call in calls:
+        with use_backend("cpu"), pytest.raises(ValueError, match="CPU tensors"):
+            call()
 
 
 def test_describe_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ import kernels
 import quant
 from kernels import LoRATerm, use_backend
 from kernels.cpu import library
-from kernels.cpu.build import isas
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
@@ -23,14 +22,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40, 523]  # the few-row kernel ends at 8, a sweep at 512
 
 
-def usable() -> list[str]:
-    if library.why_missing() is not None:
-        return ["portable"]
-    loaded = ctypes.CDLL(str(library.build()))
-    return [isa for isa in isas() if isa == "portable" or getattr(loaded, f"runs_{isa}")()]
+USABLE = library.usable_isas(library.build()) if library.why_missing() is None else ("portable",)
 
 
-@pytest.fixture(params=usable(), autouse=True)
+@pytest.fixture(params=USABLE, autouse=True)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every test runs on every instruction set, and never falls back."""
     monkeypatch.setenv("QLORA_CPU_ISA", request.param)

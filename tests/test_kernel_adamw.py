@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,6 @@ import torch
 from kernels import use_backend
 from kernels.adamw import AdamWStep, adamw, adamw_8bit, dequantize_state, quantize_state
 from kernels.cpu import library
-from kernels.cpu.build import isas
 from quant import dynamic_map
 from tests.accuracy import assert_as_accurate_as
 
@@ -21,14 +19,10 @@ STEP = AdamWStep(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, t=1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def usable() -> list[str]:
-    if library.why_missing() is not None:
-        return []
-    loaded = ctypes.CDLL(str(library.build()))
-    return [isa for isa in isas() if isa == "portable" or getattr(loaded, f"runs_{isa}")()]
+USABLE = library.usable_isas(library.build()) if library.why_missing() is None else ()
 
 
-@pytest.fixture(params=[*usable(), "reference"])
+@pytest.fixture(params=[*USABLE, "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param != "reference":
         monkeypatch.setenv("QLORA_CPU_ISA", request.param)
@@ -147,6 +141,38 @@ def test_what_the_c_step_cannot_serve_goes_to_the_definition_or_is_refused():
     p, m, v = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
     adamw(p, torch.ones(4, dtype=torch.float64), m, v, STEP)
     assert p.lt(0).all()
-    if usable():
+    if USABLE:
         with use_backend("cpu"), pytest.raises(ValueError, match=r"serves torch.float32.* not torch.float64"):
             adamw(p, torch.ones(4), m, v, STEP)
+
+
+@pytest.mark.skipif(not USABLE, reason=str(library.why_missing()))
+@pytest.mark.parametrize("which", range(4))
+def test_state_of_another_dtype_or_with_gaps_is_refused(which):
+    p = torch.zeros(300)
+    with use_backend("cpu"):
+        for wrong in (lambda t: t.double(), lambda t: t.repeat_interleave(2)[::2]):
+            state = eight_bit(300)
+            state[which] = wrong(state[which])
+            with pytest.raises(ValueError, match=r"a C kernel (serves|needs contiguous)"):
+                adamw_8bit(p, torch.ones(300), *state, STEP)
+            if which < 2:
+                moments = [torch.zeros(300), torch.zeros(300)]
+                moments[which] = wrong(moments[which])
+                with pytest.raises(ValueError, match=r"a C kernel (serves|needs contiguous)"):
+                    adamw(p, torch.ones(300), *moments, STEP)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_tensors_that_do_not_belong_together_are_refused(which, backend):
+    """One element short, or in two rows."""
+    for wrong in (lambda t: t[:-1], lambda t: t.view(2, -1)):
+        call = [torch.zeros(512), torch.ones(512), *eight_bit(512)]
+        call[which] = wrong(call[which])
+        with pytest.raises(ValueError, match=r"adamw needs tensors of \d+ elements in one row"):
+            adamw_8bit(*call, STEP)
+        if which < 4:
+            call = [torch.zeros(512) for _ in range(4)]
+            call[which] = wrong(call[which])
+            with pytest.raises(ValueError, match=r"adamw needs tensors of \d+ elements in one row"):
+                adamw(*call, STEP)

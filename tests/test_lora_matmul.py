@@ -164,6 +164,21 @@ def test_an_x_that_does_not_fit_is_refused() -> None:
         kernels.lora_matmul(torch.randn(3, 9), torch.randn(6, 10), [])
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("own", r"own x must be of x's shape, \(3, 10\), got \(1, 10\)"),
+        ("bias", r"bias must be \(6,\), got \(1,\)"),
+        ("row_scale", r"row_scale must be \(6,\), got \(1,\)"),
+    ],
+)
+def test_what_a_kernel_would_read_past_the_end_of_is_refused(part: str, message: str) -> None:
+    term = LoRATerm(torch.randn(2, 10), torch.randn(6, 2), 1.0, torch.randn(1, 10) if part == "own" else None)
+    others = {} if part == "own" else {part: torch.ones(1)}
+    with pytest.raises(ValueError, match=message):
+        kernels.lora_matmul(torch.randn(3, 10), torch.randn(6, 10), [term], **others)
+
+
 @pytest.mark.parametrize("quantized", [True, False], ids=["nf4", "dense"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_updates_smaller_than_the_last_bit_of_y_are_not_lost(quantized: bool, backend: str) -> None:

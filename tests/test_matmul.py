@@ -135,6 +135,14 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
         kernels.matmul(torch.randn(shape), quant.quantize(torch.randn(5, 8)))
 
 
+@pytest.mark.parametrize("length", [1, 4, 6])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_bias_of_another_length_is_refused(length: int, grad: bool) -> None:
+    """A C or Triton kernel would read past its end."""
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"bias must be \(5,\), got \({length},\)"):
+        kernels.matmul(torch.randn(3, 8), quant.quantize(torch.randn(5, 8)), torch.zeros(length))
+
+
 def test_a_weight_that_is_no_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3, 8\)"):
         kernels.matmul(torch.randn(4, 8), quant.quantize(torch.randn(2, 3, 8)))

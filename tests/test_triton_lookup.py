@@ -43,13 +43,17 @@ def every_byte_in_every_place() -> torch.Tensor:
 def test_scaled_looks_up_every_byte_with_its_own_scale(quant_type: str, dtype: torch.dtype) -> None:
     codes = every_byte_in_every_place()
     scale = SCALES[torch.randint(len(SCALES), (256, 4))].to(dtype)
-    pairs = torch.from_numpy(scale.view(torch.int16).numpy().view(np.uint32).astype(np.int64))
-    registers = ptx_emulator.run(
-        lookup.scaled_asm(levels(quant_type), dtype),
-        {"$4": words_of(codes).reshape(-1), "$5": pairs[:, 0].numpy(), "$6": pairs[:, 1].numpy()},
-    )
     expected = codebook(quant_type).to(dtype)[unpack(codes.view(-1), 2048).int()] * scale.repeat_interleave(2)
-    assert torch.equal(weights_of(registers, 4, dtype).view(torch.int16), expected.view(256, 8).view(torch.int16))
+    weights = scaled(quant_type, codes, scale)
+    assert torch.equal(weights.view(torch.int16), expected.view(256, 8).view(torch.int16))
+
+
+def scaled(quant_type: str, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, 4) and their half-width scales (n, 4) → the weights (n, 8), by the text of `scaled_asm`."""
+    pairs = scale.contiguous().view(torch.int16).numpy().view(np.uint32)
+    inputs = {"$4": words_of(codes).reshape(-1), "$5": pairs[:, 0], "$6": pairs[:, 1]}
+    registers = ptx_emulator.run(lookup.scaled_asm(levels(quant_type), scale.dtype), inputs)
+    return weights_of(registers, 4, scale.dtype)
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -67,11 +71,12 @@ def test_words_equal_the_reference_to_the_bit(quant_type: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_scaled_errs_by_no_more_than_its_three_roundings(dtype: torch.dtype) -> None:
-    exact = codebook("nf4").double()[:, None] * (0.05 + 0.95 * torch.rand(4096)).double()  # no subnormal in fp16
-    scale = (exact[-1]).to(torch.float32)
-    rounded = codebook("nf4").to(dtype)[:, None] * scale.to(dtype)
+    scale = 0.05 + 0.95 * torch.rand(4096, 4)  # no subnormal in fp16
+    codes = torch.randint(256, (4096, 4), dtype=torch.uint8)
+    level = codebook("nf4").double()[unpack(codes.view(-1), 8 * 4096).int()].view(4096, 8)
+    exact = level * scale.double().repeat_interleave(2, dim=1)
     unit = torch.finfo(dtype).eps / 2
-    relative = ((rounded.double() - exact) / exact).abs().nan_to_num()
+    relative = ((scaled("nf4", codes, scale.to(dtype)).double() - exact) / exact).abs().nan_to_num()
     assert relative.max() <= (1 + unit) ** 3 - 1
     assert relative.max() > 1.5 * unit, "one rounding would do better: the bound is not idle"
 
