@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.checkpoint import all_checkpoints, load_checkpoint, save_checkpoint
+from trainers.checkpoint import all_checkpoints, load_checkpoint, read_buffer, save_checkpoint
 
 
 def trained(seed: int):
@@ -64,3 +64,17 @@ def test_another_model_is_refused_by_the_parameter_that_does_not_fit(tmp_path):
     wider = [("0.weight", nn.Parameter(torch.zeros(9, 4)))]
     with pytest.raises(ValueError, match=r"0.weight must have shape \(9, 4\), found \(3, 4\)"):
         load_checkpoint(path, wider, torch.optim.AdamW([wider[0][1]]))
+
+
+def test_what_a_trainer_keeps_besides_comes_back_and_is_checked(tmp_path):
+    parameters, optimizer = trained(0)
+    buffer = {"rollouts.ids": torch.arange(5), "rollouts.logps": torch.randn(5)}
+    path = save_checkpoint(tmp_path, 1, parameters, optimizer, {}, keep=2, buffer=buffer)
+    found = read_buffer(path)
+    assert found.keys() == buffer.keys()
+    assert all(torch.equal(found[key], buffer[key]) for key in buffer)
+    file = path / "buffer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"buffer\.safetensors is damaged"):
+        load_checkpoint(path, parameters, optimizer)
+    assert read_buffer(save_checkpoint(tmp_path, 2, parameters, optimizer, {}, keep=2)) == {}

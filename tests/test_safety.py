@@ -104,7 +104,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path
 
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "MetricsFile", Signalling)
+        patch.setattr("trainers.run.MetricsFile", Signalling)
         patch.setattr(qlora, "parse", lambda *_: config)
         assert qlora.main(["sft"]) == 130
     assert signal.getsignal(number) == before

@@ -23,6 +23,7 @@ from models import load_model, load_tokenizer
 from tests import reference
 from tests.small_base import ROWS, write_base, write_rows
 from trainers import sft
+from trainers.checkpoint import all_checkpoints
 from trainers.logprobs import per_token_nll
 from trainers.metrics import read_metrics
 
@@ -183,7 +184,7 @@ def test_a_packed_or_grouped_run_learns_every_row_and_resumes_to_the_same_bytes(
 
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "adapter")
-    shutil.rmtree(sft.all_checkpoints(copy / "checkpoints")[-1])
+    shutil.rmtree(all_checkpoints(copy / "checkpoints")[-1])
     resumed = sft.train(replace(config, out=str(copy), resume=True), quiet=True)
     assert adapter_bytes(out) == adapter_bytes(copy)
     assert resumed.result.loss == rows[-1]["loss"]

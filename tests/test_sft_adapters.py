@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import qlora
 from data.batch import collate
 from data.encode import encode_dataset
+from data.schema import detect
 from lora import load_adapter, trainable_parameters
 from lora.peft_format import CONFIG, WEIGHTS
 from models import load_model, load_tokenizer
@@ -82,7 +83,7 @@ def test_everything_learns_and_resumes_to_the_same_bytes(config, method, flags):
 def test_the_chunked_loss_gives_the_gradients_of_the_logits(base, config, flags):
     """Through Decoder.head(), recomputing or not, and through plain logits."""
     tokenizer = load_tokenizer(base)
-    examples = encode_dataset(tokenizer, ROWS[:3], sft.detect(ROWS, "r"), max_seq_length=64, path="r").examples
+    examples = encode_dataset(tokenizer, ROWS[:3], detect(ROWS, "r"), max_seq_length=64, path="r").examples
     batch = collate(examples, pad_id=tokenizer.pad_id)
     model = sft.prepare_model(replace(config, **flags)).train()
     with torch.no_grad():

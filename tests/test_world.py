@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import encode_dataset
+from data.schema import detect
+from data.sources import read_rows
 from lora import trainable_parameters
 from models import load_tokenizer
 from tests.small_base import write_base, write_rows
 from trainers import sft, world
+from trainers.logprobs import per_token_nll
 from trainers.loop import count_window, train_step
 from trainers.metrics import read_metrics
 
@@ -50,7 +53,8 @@ def train_as_rank(folder: str, rank: str) -> None:
 
 def window_gradients(config: sft.SFTConfig) -> dict[str, torch.Tensor]:
     """Of the first window, with B moved off zero: what the optimizer is given."""
-    rows, schema = sft.read_dataset(config.data)
+    rows = read_rows(config.data)
+    schema = detect(rows, config.data)
     tokenizer = load_tokenizer(config.model)
     train_set = encode_dataset(tokenizer, rows, schema, max_seq_length=config.max_seq_length, path="rows")
     model = sft.prepare_model(config)
@@ -65,7 +69,7 @@ def window_gradients(config: sft.SFTConfig) -> dict[str, torch.Tensor]:
     num_items = count_window(batches).learnt_tokens
 
     def loss_of(batch):
-        nll = sft.per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
+        nll = per_token_nll(model, batch.input_ids, batch.segment_ids, batch.completion_mask)
         return sft.sft_loss(nll, batch.completion_mask, num_items)
 
     optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=0.0)

@@ -2,6 +2,7 @@
 
     step-000040/
       trainable.safetensors    every trainable parameter, in its own dtype
+      buffer.safetensors       what else a trainer keeps between steps, rollouts for example; not there where nothing is
       optimizer.safetensors    <parameter>.exp_avg, <parameter>.exp_avg_sq, <parameter>.step
       state.json               step, counters, the torch RNG state in hex (dropout), and a checksum of each other file
 
@@ -12,7 +13,7 @@ that has its name is whole.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from lora.files import written_aside
 from optim import PagedAdamW
 
-FILES = ("trainable.safetensors", "optimizer.safetensors")
+FILES = ("trainable.safetensors", "optimizer.safetensors", "buffer.safetensors")
 Parameters = Sequence[tuple[str, nn.Parameter]]
 
 
@@ -35,6 +36,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     counters: dict[str, Any],
     keep: int,
+    *,
+    buffer: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write folder/step-N, then delete all but the last `keep`. Returns its path."""
     path = folder / f"step-{step:06d}"
@@ -43,7 +46,9 @@ def save_checkpoint(
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters}
         safetensors.torch.save_file(weights, aside / "trainable.safetensors")
         _save_optimizer(aside, parameters, optimizer)
-        state["sha256"] = {file: _sha256(aside / file) for file in FILES}
+        if buffer:
+            safetensors.torch.save_file(dict(buffer), aside / "buffer.safetensors")
+        state["sha256"] = {file: _sha256(aside / file) for file in FILES if (aside / file).exists()}
         (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in all_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -76,6 +81,12 @@ def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.O
         raise ValueError(f"{path / 'state.json'} is not a checkpoint's state: {error}") from None
     torch.set_rng_state(rng)
     return step, counters
+
+
+def read_buffer(path: Path) -> dict[str, Tensor]:
+    """What the trainer kept in a checkpoint that load_checkpoint has verified; empty where it kept nothing."""
+    file = path / "buffer.safetensors"
+    return _read_tensors(file) if file.exists() else {}
 
 
 def _save_optimizer(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: metrics.jsonl, a progress bar (plain lines when not on a terminal), a loss curve."""
+"""What a run shows and keeps: metrics.jsonl, a progress bar (plain lines when not on a terminal), curves."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,22 @@ class ProgressLine:
             self.bar.stop()
 
 
-def plot_loss(rows: list[dict[str, Any]], path: Path) -> bool:
-    """The loss curve, training and evaluation, as a PNG. False where matplotlib (extra `plot`) is not installed."""
+def plot_curves(rows: list[dict[str, Any]], path: Path, curves: Mapping[str, str], ylabel: str) -> bool:
+    """Some numbers of metrics.jsonl over the steps, as a PNG; curves: {key of the row: label}.
+
+    A key that no row has draws nothing. False where matplotlib (extra `plot`) is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+    for key, label in curves.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 15 else None)
-    axes.set(xlabel="optimizer step", ylabel="loss per learnt token (nats)")
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
     axes.legend()
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

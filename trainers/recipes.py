@@ -22,16 +22,17 @@ from dataclasses import dataclass
 
 METHODS = ("full", "lora", "qlora")
 
-LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+LEARNING_RATE = {"sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}}
+"""By trainer, then by method."""
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def default_learning_rate(method: str) -> float:
-    """The peak rate of SFT by `method`. Raises ValueError for another method."""
+def default_learning_rate(method: str, trainer: str = "sft") -> float:
+    """The peak rate of `trainer` by `method`. Raises ValueError for another method."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    return LEARNING_RATE[method]
+    return LEARNING_RATE[trainer][method]
 
 
 @dataclass(frozen=True)

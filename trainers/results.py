@@ -1,54 +1,59 @@
-"""What a finished run leaves: its adapter or model, its loss curve, its answers to a few held-out prompts."""
+"""What a finished run leaves: its adapter or model, its curves, its answers to a few held-out prompts."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.dataset import Dataset
 from data.encode import encode_prompt
-from data.schema import Schema, to_messages
+from data.schema import to_messages
 from lora import save_adapter
 from models import Decoder, Tokenizer, generate, save_model
 
-from .metrics import ProgressLine, plot_loss, read_metrics
-from .sft_config import SFTConfig
+from .flags import TrainerFlags
+from .metrics import ProgressLine, plot_curves, read_metrics
+
+LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation"}
 
 
-def write_results(
-    config: SFTConfig,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    metrics: Path,
-    held_out: Dataset | None,
-    progress: ProgressLine,
-) -> None:
-    """Write what the run made: weights, loss curve, and answers to some held-out prompts."""
-    out = Path(config.out)
-    if config.method == "full":
+def write_weights(flags: TrainerFlags, model: Decoder, tokenizer: Tokenizer, progress: ProgressLine) -> None:
+    """The adapter, in PEFT's format, or for method full the model, in transformers'; the tokenizer beside it."""
+    out = Path(flags.out)
+    if flags.method == "full":
         save_model(model, out / "model", tokenizer=tokenizer)
         progress.say(f"saved {out / 'model'}")
     else:
-        save_adapter(model, out / "adapter", base_model_name=config.model, beside=tokenizer.save)
+        save_adapter(model, out / "adapter", base_model_name=flags.model, beside=tokenizer.save)
         progress.say(f"saved {out / 'adapter'}")
-    if not plot_loss(read_metrics(metrics), out / "plots" / "loss.png"):
-        progress.say("no loss curve was drawn: matplotlib is not installed (the extra `plot` has it)")
-    if held_out is not None and held_out.schema.kind != "text" and config.samples:
-        _write_samples(out / "samples.jsonl", model, tokenizer, held_out.rows[: config.samples], held_out.schema)
 
 
-def _write_samples(
-    path: Path, model: Decoder, tokenizer: Tokenizer, rows: list[dict[str, Any]], schema: Schema
-) -> None:
-    """Answers to a few held-out prompts, greedy, beside the answers wanted. Plain text has no prompts."""
-    conversations = [to_messages(row, schema, f"row {i + 1}") for i, row in enumerate(rows)]
-    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
-    model.eval()
-    completions = generate(model, prompts, max_new_tokens=128, stop_ids=tokenizer.eos_ids)
-    lines = []
-    for messages, completion in zip(conversations, completions, strict=True):
-        answer = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        sample = {"prompt": messages[:-1], "completion": answer, "wanted": messages[-1]["content"]}
-        lines.append(json.dumps(sample, ensure_ascii=False))
+def write_plots(out: Path, plots: Mapping[str, tuple[Mapping[str, str], str]], progress: ProgressLine) -> None:
+    """plots/NAME.png of metrics.jsonl for each name → ({key of a row: label}, label of the y axis)."""
+    rows = read_metrics(out / "metrics.jsonl")
+    drawn = [plot_curves(rows, out / "plots" / f"{name}.png", *plot) for name, plot in plots.items()]
+    if not all(drawn):
+        progress.say("no curve was drawn: matplotlib is not installed (the extra `plot` has it)")
+
+
+def write_samples(out: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """samples.jsonl: one JSON object a line."""
+    path = out / "samples.jsonl"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
     temporary.replace(path)
+
+
+def answers(model: Decoder, tokenizer: Tokenizer, held_out: Dataset, n: int) -> list[dict[str, Any]]:
+    """Greedy answers to the first n held-out prompts, beside the answers wanted. Plain text has no prompts."""
+    if held_out.schema.kind == "text":
+        return []
+    rows = held_out.rows[:n]
+    conversations = [to_messages(row, held_out.schema, f"row {i}") for i, row in enumerate(rows, start=1)]
+    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
+    completions = generate(model, prompts, max_new_tokens=128, stop_ids=tokenizer.eos_ids)
+    texts = [tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in completions]
+    return [
+        {"prompt": messages[:-1], "completion": text, "wanted": messages[-1]["content"]}
+        for messages, text in zip(conversations, texts, strict=True)
+    ]

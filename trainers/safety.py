@@ -35,10 +35,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
-    def interrupted(self, out: str | Path, step: int) -> Interrupted:
+    def interrupted(self, command: str, out: str | Path, step: int) -> Interrupted:
+        """The error that ends the run: `qlora {command}` goes on with it."""
         return Interrupted(
             f"stopped by {self.asked} after step {step}, which is saved; go on with: "
-            f"qlora sft --config {Path(out) / 'config.json'} --resume"
+            f"qlora {command} --config {Path(out) / 'config.json'} --resume"
         )
 
 
