@@ -32,6 +32,7 @@ COMMANDS = {
         "MergeArgs",
         "make an adapter part of its base, dense or in 4 bits, and say what it costs",
     ),
+    "combine": ("commands.combine", "CombineArgs", "several adapters of one base into one"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
     "inspect run": ("commands.inspect_run", "InspectRunArgs", "how a run went: loss, memory, paging, checkpoints"),

@@ -4,8 +4,16 @@ from quant.imports import check_kernels_import
 
 check_kernels_import()
 
-from .adapters import AdapterState, captured_adapters, delete_adapter, disabled_adapters, set_adapter  # noqa: E402  # after the check
-from .attach import add_adapter, count_parameters, quantize_model, trainable_parameters  # noqa: E402
+from .adapters import (  # noqa: E402  # after the check
+    AdapterState,
+    captured_adapters,
+    delete_adapter,
+    disabled_adapters,
+    set_adapter,
+    without_adapters,
+)
+from .attach import add_adapter, add_adapter_in_4bit, count_parameters, quantize_model, trainable_parameters  # noqa: E402
+from .combine import combine_adapters  # noqa: E402
 from .config import LoRAConfig  # noqa: E402
 from .embedding import LoRAEmbedding  # noqa: E402
 from .linear import LoRALinear  # noqa: E402
@@ -23,7 +31,9 @@ __all__ = [
     "MergeReport",
     "SavedModule",
     "add_adapter",
+    "add_adapter_in_4bit",
     "captured_adapters",
+    "combine_adapters",
     "count_parameters",
     "delete_adapter",
     "disabled_adapters",
@@ -36,4 +46,5 @@ __all__ = [
     "set_adapter",
     "trainable_parameters",
     "unmerge_adapter",
+    "without_adapters",
 ]

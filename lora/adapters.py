@@ -51,7 +51,8 @@ def check_known(state: AdapterState, *names: str) -> None:
 def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """Switch to adapter `name`, or to the sum of several: they are active and trainable, the others neither.
 
-    Raises ValueError for a name the model does not have, and for two adapters that replace the same thing.
+    Raises ValueError for a name the model does not have, for two adapters that replace the same thing, and for a DoRA
+    adapter beside another on one layer.
     """
     state = adapter_state(model)
     names = (name,) if isinstance(name, str) else tuple(name)
@@ -63,6 +64,10 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
         if len(both) > 1:
             what = path if isinstance(layer, SavedModule) else f"the bias of {path}"
             raise ValueError(f"adapters {both} cannot be on together: each has {what} trained in its own way")
+        scaled = next((a for a in names if a in getattr(layer, "lora_magnitude_vector", ())), None)
+        others = [a for a in dict.fromkeys(names) if a in layer.adapters and a != scaled]
+        if scaled and others:
+            raise ValueError(f"adapter {scaled!r} (DoRA) scales whole rows of {path}: {others} cannot be on beside it")
     state.active = names
     for layer in layers.values():
         for adapter in layer.adapters:
@@ -73,10 +78,12 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Take adapter `name` off the model. A layer that has no other is the base's own again.
 
-    Raises ValueError for a name the model does not have.
+    Raises ValueError for a name the model does not have, and for an adapter that started out of the base's weights.
     """
     state = adapter_state(model)
     check_known(state, name)
+    if any(name in layer.started for layer in lora_layers(model).values()):
+        raise ValueError(f"adapter {name!r} started out of the base's weights, which miss that part: merge it instead")
     for path, layer in adapter_layers(model).items():
         layer.remove(name)
         if not layer.adapters:
@@ -106,6 +113,19 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` where the module at `path` is."""
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the base's own modules stand in the adapter layers' places, as they are: to write the base's files."""
+    layers = adapter_layers(model)
+    for path, layer in layers.items():
+        replace_module(model, path, base_of(layer))
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            replace_module(model, path, layer)
 
 
 @contextmanager

@@ -1,15 +1,20 @@
 """Attach adapters to a model: wrap the layers, freeze the rest, count what is left to train."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .adapters import AdapterLayer, AdapterState, replace_module, set_adapter
+import kernels
+from quant import QuantizedTensor
+
+from .adapters import AdapterLayer, AdapterState, lora_layers, replace_module, set_adapter
 from .config import LoRAConfig, matches
 from .embedding import LoRAEmbedding
-from .linear import LoRALinear
+from .init import Start, start_from_weight, takes_from_weight
+from .linear import LoRALinear, base_weight
 from .linear_nf4 import LinearNF4
 from .saved_module import SavedModule
 from .sites import HEAD, Sites, linear_layers, outer_modules, sites
@@ -51,10 +56,66 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> 
     model does not have or that cannot be trained so (lora/sites.py); the model is then as it was.
     """
     check_name(model, name)
+    if config.init == "loftq":
+        raise ValueError("init loftq fits adapter and 4-bit weight together: call add_adapter_in_4bit on a dense model")
     found = sites(model, config)
     _warn_of_tied(model, found)
     attach(model, config, name, found)
+    if takes_from_weight(config.init):
+        _take_start(model, config, name, found, None)
     return model
+
+
+def add_adapter_in_4bit(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str = "default",
+    *,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+) -> dict[str, Start]:
+    """add_adapter with a start out of the weights, and quantize_model, in one: the 4-bit layers keep what is left.
+
+    For a dense model and a config whose init is pissa, olora or loftq. Every linear layer but the head ends in 4 bits.
+    Returns the starts by path, with the error before and after. Errors are add_adapter's, and ValueError for another
+    init or where a target is in 4 bits already.
+    """
+    if not takes_from_weight(config.init):
+        raise ValueError(
+            f"add_adapter_in_4bit is for pissa, olora and loftq, got {config.init}: quantize_model is enough"
+        )
+    check_name(model, name)
+    found = sites(model, config)
+    in_4bit = [path for path in found.low_rank if isinstance(model.get_submodule(path), LinearNF4)]
+    if in_4bit:
+        raise ValueError(f"init {config.init} starts from the original weights, and {in_4bit[0]} is in 4 bits already")
+    attach(model, config, name, found)
+    form: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    starts = _take_start(model, config, name, found, partial(kernels.quantize, **form))
+    quantize_model(model, **form)
+    return starts
+
+
+def _take_start(
+    model: nn.Module, config: LoRAConfig, name: str, where: Sites, quantize: Callable[[Tensor], QuantizedTensor] | None
+) -> dict[str, Start]:
+    starts = {}
+    for path in where.low_rank:
+        layer: LoRALinear = model.get_submodule(path)  # type: ignore[assignment]  # sites allow no other
+        base = base_weight(layer.base_layer)
+        again = partial(_quantize_like, base) if isinstance(base, QuantizedTensor) else quantize
+        weight = kernels.dequantize(base) if isinstance(base, QuantizedTensor) else base
+        r, scaling, iterations = config.rank(path), config.scaling(path), config.loftq_iterations
+        starts[path] = start_from_weight(weight, config.init, r, scaling, again, loftq_iterations=iterations)
+        layer.begin(name, starts[path])
+    return starts
+
+
+def _quantize_like(q: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
+    return kernels.quantize(
+        weight.to(q.dtype), quant_type=q.quant_type, blocksize=q.blocksize, double_quant=q.double_quant
+    )
 
 
 def attach(model: nn.Module, config: LoRAConfig, name: str, where: Sites) -> None:
@@ -78,6 +139,9 @@ def check_name(model: nn.Module, name: str) -> None:
     state = getattr(model, "adapter_state", None)
     if state is not None and name in state.configs:
         raise ValueError(f"an adapter named {name!r} is on this model already")
+    other = next((other for layer in lora_layers(model).values() for other in layer.started), None)
+    if other is not None:
+        raise ValueError(f"adapter {other!r} started out of this model's weights, so no other can be beside it")
     is_word = name.replace("-", "_").isidentifier() and not name.startswith("-")
     if not is_word or hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"an adapter's name must be letters, digits and _ or -, and no method's name, got {name!r}")

@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-INITS = ("kaiming", "gaussian")
+from .init import PLAIN, is_known, takes_from_weight
+
 BIASES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 MAX_R = 1 << 16
@@ -34,9 +35,12 @@ class LoRAConfig:
     use_rslora: bool = False
     """Scale by alpha / √r instead (arXiv 2312.03732): keeps the update's size as r grows."""
     use_dora: bool = False
+    """Train the length of each row of the weight apart (lora/dora.py)."""
     init: str = "kaiming"
-    """A at the start: kaiming (uniform ±1/√in_features, as PEFT and the LoRA code) or gaussian (N(0, 1/r²)). B is 0.
-    On an embedding it is A that is 0, and B is N(0, 1)."""
+    """A and B at the start: kaiming or gaussian beside the base's weight, pissa, pissa_niter_4, olora or loftq out of
+    it (lora/init.py). On an embedding A is 0 and B N(0, 1)."""
+    loftq_iterations: int = 1
+    """Of loftq: how often weight and adapter are fitted in turn."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Another r for the layers whose path ends in, or matches, a key."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -57,9 +61,14 @@ class LoRAConfig:
             _require(_is_number(alpha) and alpha > 0, f"LoRA {name} must be above 0, got {shown(alpha)}")
         is_rate = _is_number(self.dropout) and 0 <= self.dropout < 1
         _require(is_rate, f"LoRA dropout must lie in [0, 1), got {shown(self.dropout)}")
-        _require(self.init in INITS, f"LoRA init must be one of {', '.join(INITS)}, got {shown(self.init)}")
+        known = isinstance(self.init, str) and is_known(self.init)
+        starts = f"{', '.join(PLAIN)}, pissa, pissa_niter_4 (or another number), olora, loftq"
+        _require(known, f"LoRA init must be one of {starts}, got {shown(self.init)}")
+        once = type(self.loftq_iterations) is int and self.loftq_iterations >= 1
+        _require(once, f"LoRA loftq_iterations must be at least 1, got {shown(self.loftq_iterations)}")
+        apart = not (self.use_dora and takes_from_weight(self.init))
+        _require(apart, f"use_dora measures the base's weight, which init {self.init} changes: take one of them")
         _require(self.bias in BIASES, f"LoRA bias must be one of {', '.join(BIASES)}, got {shown(self.bias)}")
-        _require(not self.use_dora, "use_dora=True is not supported in this version")
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -125,6 +134,16 @@ class LoRAConfig:
             found = next(filter(None, (_numbered(pattern).match(path) for pattern in patterns)), None)
         number = found and found.group("number")
         return int(number) if number else None
+
+
+def doubled(config: LoRAConfig) -> LoRAConfig:
+    """The config of twice the rank and the same scaling, for an adapter whose start is written with it."""
+    by = math.sqrt(2) if config.use_rslora else 2
+    ranks = {key: 2 * r for key, r in config.rank_pattern.items()}
+    alphas = {key: by * alpha for key, alpha in config.alpha_pattern.items()}
+    return replace(
+        config, r=2 * config.r, alpha=by * config.alpha, rank_pattern=ranks, alpha_pattern=alphas, init="kaiming"
+    )
 
 
 def matches(pattern: str | Sequence[str], path: str) -> bool:

@@ -1,6 +1,7 @@
 """Merge an adapter into its base, and take it out again to the exact bits.
 
     W' = cast(W + s · B A)        W: the dense weight, or dequantize(q); the sum in fp32, one rounding at the end
+    W' = cast(m ⊙ V / ‖V‖)        with DoRA, V = W + s · B A
 
 Rounding to 4 bits is another matter than rounding to bf16. dequantize(q) lies on the 4-bit levels already, and updates
 smaller than half a step leave it there: quantizing the sum gives q back, and the adapter is gone. Original weights lie
@@ -26,6 +27,7 @@ from quant import QuantizedTensor
 
 from .adapters import AdapterLayer, adapter_layers, adapter_state, check_known, replace_module
 from .config import LoRAConfig
+from .dora import row_norms, row_scale
 from .embedding import LoRAEmbedding
 from .linear import base_weight
 from .linear_nf4 import LinearNF4
@@ -125,6 +127,9 @@ def _merged(
     if name in layer.lora_A:
         delta = layer.scaling[name] * (layer.lora_B[name].float() @ layer.lora_A[name].float())
     exact = exact + delta
+    if name in layer.lora_magnitude_vector:
+        scaled = row_scale(layer.lora_magnitude_vector[name], row_norms(exact))[:, None] * exact
+        delta, exact = delta + (scaled - exact), scaled
     bias = layer.base_layer.bias
     if name in layer.trained_bias:
         bias = layer.trained_bias[name].to(layer.base_layer.bias.dtype)  # type: ignore[union-attr]

@@ -13,7 +13,6 @@ from .config import ALL_LINEAR, LoRAConfig, shown
 CONFIG = "adapter_config.json"
 MAX_BYTES = 1 << 22
 UNSUPPORTED = {
-    "use_dora": False,
     "lora_bias": False,
     "fan_in_fan_out": False,
     "target_parameters": None,
@@ -32,7 +31,7 @@ UNSUPPORTED = {
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """init_lora_weights that leave the base as it is. An adapter of pissa, olora, corda, loftq or lora_ga belongs to a base
 that its start has changed (PEFT's save_pretrained can convert it), and mica trains A alone."""
-HARMLESS = ("use_rslora", "runtime_config", "megatron_config")
+HARMLESS = ("use_rslora", "use_dora", "runtime_config", "megatron_config")
 HARMLESS_INITS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 """Settings of a start: init_lora_weights says whether that start matters."""
 
@@ -53,7 +52,7 @@ def to_peft(config: LoRAConfig, targets: list[str], base_model_name: str | None)
         "exclude_modules": _list(config.exclude_modules) or None,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
@@ -75,6 +74,8 @@ def from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
             raise ValueError(f"{where} must have the field {field!r}")
     if fields.get("use_rslora") not in (True, False, None):
         raise ValueError(f"{where}: LoRA use_rslora must be true or false, got {shown(fields['use_rslora'])}")
+    if fields.get("use_dora") not in (True, False, None):
+        raise ValueError(f"{where}: LoRA use_dora must be true or false, got {shown(fields['use_dora'])}")
     layers = fields.get("layers_to_transform")
     try:
         return LoRAConfig(
@@ -85,6 +86,7 @@ def from_peft(fields: dict[str, Any], where: Path) -> LoRAConfig:
             exclude_modules=_or(fields.get("exclude_modules"), ()),
             bias=_or(fields.get("bias"), "none"),
             use_rslora=bool(fields.get("use_rslora")),
+            use_dora=bool(fields.get("use_dora")),
             init="gaussian" if fields.get("init_lora_weights") == "gaussian" else "kaiming",
             rank_pattern=_or(fields.get("rank_pattern"), {}),
             alpha_pattern=_or(fields.get("alpha_pattern"), {}),

@@ -18,14 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapters import adapter_layers, adapter_state, check_known, set_adapter
+from .adapters import adapter_layers, adapter_state, check_known, lora_layers, set_adapter
 from .attach import attach, check_name
-from .config import LoRAConfig
+from .config import LoRAConfig, doubled
 from .embedding import LoRAEmbedding
 from .files import written_aside
+from .init import difference
 from .linear import LoRALinear
+from .linear_nf4 import LinearNF4
 from .peft_config import CONFIG, UNSUPPORTED, from_peft, read_config, to_peft
-from .peft_weights import PREFIX, WEIGHTS, Weights, fitted, read_weights
+from .peft_weights import MAGNITUDE, PREFIX, WEIGHTS, Weights, fitted, read_weights
 from .saved_module import SavedModule
 from .sites import Sites, check_apart
 
@@ -55,8 +57,11 @@ def save_adapter(
     """Write adapter `name` so that PEFT loads it. The folder is written aside, then takes the place of an older one.
 
     `beside` writes more files into the folder: a tokenizer's `save`, so that the chat template goes with the adapter.
-    Raises ValueError for an unknown adapter, and for a folder that holds anything else than an adapter: it would be
-    lost. OSError where the folder cannot be written.
+    An adapter that started out of a dense base's weights is written as the difference to the original base, of rank 2r
+    (init.difference). One on a 4-bit base belongs to that base: write it too, and name its folder as base_model_name.
+
+    Raises ValueError for an unknown adapter, for one that belongs to a base without a name, and for a folder that holds
+    anything else than an adapter: it would be lost. OSError where the folder cannot be written.
     """
     check_known(adapter_state(model), name)
     _check_replaceable(Path(folder), [])
@@ -157,6 +162,8 @@ def _put_on(model: nn.Module, found: _Found, name: str, trainable: bool) -> None
     for path, pair in weights.low_rank.items():
         for parameter, tensor in zip(_low_rank(layers[path], name), pair, strict=True):
             parameter.copy_(tensor)
+    for path, m in weights.magnitudes.items():
+        layers[path].lora_magnitude_vector[name].copy_(m)
     for path in found.sites.biases:
         layers[path].trained_bias[name].copy_(weights.biases[path])
     for path, tensors in weights.saved.items():
@@ -185,6 +192,8 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         if pair:
             kind, end = ("embedding_", "") if isinstance(layer, LoRAEmbedding) else ("", ".weight")
             tensors |= {f"{place}.lora_{kind}{half}{end}": tensor for half, tensor in zip("AB", pair, strict=True)}
+        if isinstance(layer, LoRALinear) and name in layer.lora_magnitude_vector:
+            tensors[f"{place}{MAGNITUDE}"] = layer.lora_magnitude_vector[name]
         if isinstance(layer, LoRALinear) and name in layer.trained_bias:
             tensors[f"{place}{'.base_layer' if pair else ''}.bias"] = layer.trained_bias[name]
         if isinstance(layer, SavedModule) and name in layer.modules_to_save:
@@ -193,14 +202,36 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
+def _differences(model: nn.Module, name: str, base_model_name: str | None) -> dict[str, Tensor]:
+    """lora_A and lora_B as differences to the original base, of an adapter that started out of dense weights."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model).items():
+        if name not in layer.started:
+            continue
+        if not isinstance(layer.base_layer, LinearNF4):
+            A, B = difference(layer.lora_A[name], layer.lora_B[name], *layer.started[name])
+            tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
+        elif base_model_name is None:
+            raise ValueError(
+                f"adapter {name!r} belongs to this model's 4-bit weights, which its start has changed: "
+                "save it inside without_adapters(model), and pass its folder as base_model_name"
+            )
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
 def _write(model: nn.Module, folder: Path, name: str, base_model_name: str | None) -> None:
     targets = [path for path, layer in adapter_layers(model).items() if _low_rank(layer, name)]
-    config = to_peft(adapter_state(model).configs[name], targets, base_model_name)
+    config = adapter_state(model).configs[name]
+    tensors = _tensors(model, name)
+    if differs := _differences(model, name, base_model_name):
+        config = doubled(config)
+        tensors |= differs
     try:
-        safetensors.torch.save_file(_tensors(model, name), folder / WEIGHTS, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from None
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fields = to_peft(config, targets, base_model_name)
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_replaceable(folder: Path, below: Sequence[str]) -> None:

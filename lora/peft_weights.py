@@ -2,6 +2,7 @@
 
     base_model.model.<path>.lora_A.weight          (r, in_features)       with lora_B.weight (out_features, r)
     base_model.model.<path>.lora_embedding_A       (r, V)                 with lora_embedding_B (D, r)
+    base_model.model.<path>.lora_magnitude_vector  (out_features,)        with use_dora
     base_model.model.<path>.base_layer.bias        a trained bias of a layer with A and B; of another, <path>.bias
     base_model.model.<path>.<parameter>            of a module of modules_to_save
     base_model.model.<path>.base_layer.weight      not the adapter's: a copy of the base's weight, beside an adapter on
@@ -33,6 +34,7 @@ HALVES = {  # ending of a key: (is it an embedding's, A or B)
     ".lora_embedding_A": (True, "A"),
     ".lora_embedding_B": (True, "B"),
 }
+MAGNITUDE = ".lora_magnitude_vector"
 COPIED = ("embed_tokens", "lm_head")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ELSEWHERE = "is an adapter for another base model"
@@ -45,6 +47,8 @@ class Weights:
     low_rank: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     """Which of those paths are embeddings."""
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    """DoRA's m."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By path, then by the parameter's name in that module."""
@@ -68,6 +72,8 @@ def read_weights(path: Path, config: LoRAConfig) -> Weights:
         elif ending is not None:
             is_embedding, half = HALVES[ending]
             halves.setdefault((is_embedding, place.removesuffix(ending)), {})[half] = tensor
+        elif place.endswith(MAGNITUDE) and config.use_dora:
+            found.magnitudes[place.removesuffix(MAGNITUDE)] = tensor
         elif last == "bias" and (config.bias == "all" or (config.bias != "none" and owner.endswith(".base_layer"))):
             found.biases[owner.removesuffix(".base_layer")] = tensor
         elif last == "weight" and owner.endswith(".base_layer"):
@@ -163,6 +169,13 @@ def _check_low_rank(modules: dict[str, nn.Module], weights: Weights, config: LoR
                 f"{folder} {ELSEWHERE}: {path} needs A and B of {wanted[0]} and {wanted[1]}, "
                 f"got {tuple(A.shape)} and {tuple(B.shape)}"
             )
+        m, wants_m = weights.magnitudes.get(path), config.use_dora
+        if wants_m and (m is None or tuple(m.shape) != (out,)):
+            there = "nothing" if m is None else tuple(m.shape)
+            raise ValueError(f"{folder}: {path}{MAGNITUDE} must have shape {(out,)} with use_dora, found {there}")
+    stray = [path for path in weights.magnitudes if path not in weights.low_rank]
+    if stray:
+        raise ValueError(f"{folder}: {stray[0]} has {MAGNITUDE[1:]} and neither lora_A nor lora_B")
     missing = [path for path, module in modules.items() if is_target(path, config, module)]
     missing = [path for path in missing if path not in weights.low_rank]
     if missing:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .adapters import AdapterLayer, adapter_layers
+from .adapters import AdapterLayer, adapter_layers, base_of
 from .config import ALL_LINEAR, LoRAConfig
 from .embedding import LoRAEmbedding
+from .init import takes_from_weight
 from .linear import LoRALinear
 from .linear_nf4 import LinearNF4
 from .saved_module import SavedModule
@@ -51,7 +52,23 @@ def sites(model: nn.Module, config: LoRAConfig) -> Sites:
     saved = tuple(path for path, _ in outer_modules(model) if config.saves(path))
     found = Sites(low_rank, bias_sites(model, config, low_rank, saved), saved)
     check_apart(model, [found])
+    _check_variant(model, config, low_rank)
     return found
+
+
+def _check_variant(model: nn.Module, config: LoRAConfig, low_rank: Iterable[str]) -> None:
+    """Raises ValueError where use_dora or a start out of the weights asks for what a layer cannot do."""
+    from_weight = takes_from_weight(config.init)
+    if not (config.use_dora or from_weight):
+        return
+    what = "use_dora" if config.use_dora else f"init {config.init}"
+    for path in low_rank:
+        module = base_of(model.get_submodule(path))
+        if isinstance(module, nn.Embedding) or path.rpartition(".")[2] == HEAD:
+            raise ValueError(f"{what} is for linear layers inside the model, not for {path}")
+        N, K, r = module.out_features, module.in_features, config.rank(path)
+        if from_weight and r > min(N, K):
+            raise ValueError(f"{what} needs r of at most {min(N, K)} for {path} {(N, K)}, got {r}")
 
 
 def is_target(path: str, config: LoRAConfig, module: nn.Module) -> bool:

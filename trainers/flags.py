@@ -45,6 +45,12 @@ class TrainerFlags:
     """Trained whole, in the adapter: names with commas between (lm_head, embed_tokens, norm)."""
     use_rslora: bool = False
     """Scale by alpha / √r."""
+    use_dora: bool = False
+    """DoRA: train the length of each row of a weight apart from its direction."""
+    init: str = "kaiming"
+    """Start of A and B: kaiming, gaussian; or out of the weights: pissa, pissa_niter_4, olora, loftq (qlora)."""
+    loftq_iterations: int = 1
+    """How often loftq fits weight and adapter in turn."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit code book (qlora)."""
     blocksize: int = 64
@@ -114,6 +120,8 @@ class TrainerFlags:
         require(ratio is None or ratio > 0, f"--loraplus-ratio must be above 0, got {ratio}")
         require(ratio is None or self.method != "full", "--loraplus-ratio is for lora and qlora: full has no B")
         require(not isinstance(budget, int) or budget >= 0, f"--optimizer-budget must not be negative, got {budget}")
+        in_4bit = self.method == "qlora" or self.init != "loftq"
+        require(in_4bit, "--init loftq fits an adapter to the rounding of a 4-bit base: it needs --method qlora")
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)
         require_one_of("method", self.method, METHODS)
         require_one_of("schedule", self.schedule, SCHEDULES)
@@ -148,6 +156,9 @@ class TrainerFlags:
             bias=self.bias,
             modules_to_save=self.modules_to_save.split(",") if self.modules_to_save else (),
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init=self.init,
+            loftq_iterations=self.loftq_iterations,
         )
 
 

@@ -8,11 +8,13 @@ from typing import Any
 from data.dataset import Dataset
 from data.encode import encode_prompt
 from data.schema import to_messages
-from lora import save_adapter
+from lora import save_adapter, without_adapters
+from lora.init import takes_from_weight
 from models import Decoder, Tokenizer, generate, save_model
 
 from .flags import TrainerFlags
 from .metrics import ProgressLine, plot_curves, read_metrics
+from .prepare import BASE
 
 LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation"}
 
@@ -23,9 +25,15 @@ def write_weights(flags: TrainerFlags, model: Decoder, tokenizer: Tokenizer, pro
     if flags.method == "full":
         save_model(model, out / "model", tokenizer=tokenizer)
         progress.say(f"saved {out / 'model'}")
-    else:
-        save_adapter(model, out / "adapter", base_model_name=flags.model, beside=tokenizer.save)
-        progress.say(f"saved {out / 'adapter'}")
+        return
+    base = flags.model
+    if flags.method == "qlora" and takes_from_weight(flags.init):
+        base = str(out / BASE)
+        with without_adapters(model):
+            save_model(model, out / BASE, tokenizer=tokenizer)
+        progress.say(f"saved {base}, which the adapter belongs to: its start was taken out of the weights")
+    save_adapter(model, out / "adapter", base_model_name=base, beside=tokenizer.save)
+    progress.say(f"saved {out / 'adapter'}")
 
 
 def write_plots(out: Path, plots: Mapping[str, tuple[Mapping[str, str], str]], progress: ProgressLine) -> None:

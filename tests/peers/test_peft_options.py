@@ -24,11 +24,11 @@ COMPUTED = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "bias",
     "modules_to_save",
 }
 REFUSED_VALUES = {
-    "use_dora": [True],
     "lora_bias": [True],
     "fan_in_fan_out": [True],
     "target_parameters": [["self_attn.q_proj.weight"]],
