@@ -41,6 +41,5 @@ def run(args: CombineArgs) -> None:
     beside = tokenizer.with_chat_of(args.adapters[0]).save
     save_adapter(model, args.out, "combined", base_model_name=args.model, beside=beside)
     ranks = sorted({layer.lora_A["combined"].shape[0] for layer in lora_layers(model).values()})
-    print(
-        f"{args.out}: {args.method} of {len(names)} adapters, rank {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}"
-    )
+    rank = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
+    print(f"{args.out}: {args.method} of {len(names)} adapters, rank {rank}")
