@@ -35,6 +35,16 @@ COMMANDS = {
     "combine": ("commands.combine", "CombineArgs", "several adapters of one base into one"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
+    "inspect weight": (
+        "commands.inspect_weight",
+        "InspectWeightArgs",
+        "a block of it, from floats to bytes and back",
+    ),
+    "inspect adapter": (
+        "commands.inspect_adapter",
+        "InspectAdapterArgs",
+        "an adapter's norms, the rank it uses, what merging costs",
+    ),
     "inspect run": ("commands.inspect_run", "InspectRunArgs", "how a run went: loss, memory, paging, checkpoints"),
     "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),
 }

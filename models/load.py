@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kernels
 from lora import LinearNF4
 from lora.attach import HEAD, replace_module
+from lora.config import matches
 from quant import BLOCKSIZES, QuantizedTensor
 from quant.blockwise import double_quantize
 
@@ -103,6 +104,25 @@ def load_model(
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, f"{name}.{leaf}", dtype, device)))
     model.tie_weights()
     return model.eval()
+
+
+def load_weight(source: str | Path, layer: str) -> tuple[str, Tensor | QuantizedTensor]:
+    """(path, weight) of one linear layer, without the rest of the model: fp32 (N, K), or the 4-bit codes it has.
+
+    layer: its path, or the end of one (layers.3.mlp.up_proj). Raises ValueError where none, or more than one, ends so.
+    """
+    path = locate(source)
+    checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
+    with torch.device("meta"):
+        linear = [name for name, m in Decoder(checkpoint.config).named_modules() if isinstance(m, nn.Linear)]
+    found = [name for name in linear if matches([layer], name) and f"{name}.weight" in checkpoint.shapes]
+    if len(found) != 1:
+        known = f"{len(found)} do, the first {found[0]}" if found else f"none does: try {linear[0]}"
+        raise ValueError(f"{source}: one linear layer's path must end in {layer!r}, and {known}")
+    weight = f"{found[0]}.weight"
+    if checkpoint.is_quantized(weight):
+        return found[0], _stored_quantized(checkpoint, weight, torch.float32, "cpu")
+    return found[0], _read_dense(checkpoint, weight, torch.float32, "cpu")
 
 
 def _check_options(dtype: torch.dtype | None, quantize: str | None, blocksize: int) -> None:
