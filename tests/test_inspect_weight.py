@@ -103,6 +103,7 @@ def test_effective_rank() -> None:
 
 def test_an_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = add_adapter(load_model(base), LoRAConfig(r=2, alpha=4, target_modules=["up_proj", "q_proj"]))
+    model.requires_grad_(False)
     torch.manual_seed(0)
     for layer in lora_layers(model).values():
         layer.lora_B["default"].data.normal_(std=0.01)
