@@ -5,13 +5,10 @@
 Arms: PagedAdamW with each budget; torch.optim.AdamW (foreach, fused) and bitsandbytes' AdamW8bit, where they run. They
 take turns. Beside the measured time stands the model's,
 
-    ideal = max(compute, bytes moved / bandwidth)
-    model = hits · c + misses · max(c, transport of a page)              c = compute / pages
+    model = max(compute, bytes moved / bandwidth)
 
-with compute the all-resident step's time, bytes, hits and misses from the exact counters, and the bandwidth measured by
-walking all pages through two frames with no work on them. Bytes in and bytes out share one thread, so they add up. The
-model is the ideal where all pages miss, or none; between, it is more, since only one page is fetched ahead, and what
-the hits could hide comes in one row after them.
+with compute the time of a step with all resident, the bytes of one step from the exact counters, and the bandwidth of an
+arm that walks all pages through two frames with no work on them, one transfer at a time.
 """
 
 import sys
@@ -22,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +32,7 @@ from optim.paged_adamw import PAGE_BYTES
 
 CPU = torch.device("cpu")
 BASE = "torch fused"
+TRANSPORT = "all pages out and in, no work"
 
 
 def main() -> None:
@@ -57,9 +54,11 @@ def main() -> None:
     ours = {share: paged(args, share) for share in map(float, args.shares.split(","))}
     arms: dict[str, Callable[[], Any]] = {} if args.no_peer else peers(args.elements, gradient)
     arms |= {arm_name(share): stepping(optimizer, gradient) for share, optimizer in ours.items()}
+    table = no_work(args)
+    arms[TRANSPORT] = lambda: [page for page, _ in table.walk(range(len(table.used)))]
     times = take_turns(arms, args.rounds)
     gate(ours)
-    bandwidth = measured_bandwidth(args, next(iter(ours.values())))
+    bandwidth = 1e3 * 2 * sum(table.used) / statistics.median(times[TRANSPORT])
     compute = statistics.median(times[arm_name(max(ours))])
     rows = [row(args, arm, taken, times, bandwidth, compute, ours) for arm, taken in times.items()]
     write_rows("paging", rows, key="key")
@@ -73,8 +72,7 @@ def arm_name(share: float) -> str:
 def paged(args: argparse.Namespace, share: float) -> PagedAdamW:
     """An optimizer of its own parameter, all of them alike."""
     p = nn.Parameter(torch.zeros(args.elements))
-    per_element = 8 if args.state_bits == 32 else 2 + 8 / 256
-    budget = None if share >= 1 else int(share * per_element * args.elements)
+    budget = None if share >= 1 else int(share * state_bytes(args))
     optimizer = PagedAdamW(
         [p], state_bits=args.state_bits, device_budget=budget, page_bytes=args.page_bytes, transport=transport(args),
         prefetch=not args.no_prefetch,
@@ -114,18 +112,25 @@ def gate(ours: dict[float, PagedAdamW]) -> None:
             raise ValueError(f"with {share:.0%} resident the parameters differ from those with another budget")
 
 
-def measured_bandwidth(args: argparse.Namespace, optimizer: PagedAdamW) -> float:
-    """Bytes a second through two frames, in and out, with nothing to do in between."""
-    table = PageTable([page.used for page in optimizer.pages], args.page_bytes, transport(args), budget=0)
-    rates = []
-    for _ in range(6):
-        before, start = table.stats.bytes_in + table.stats.bytes_out, time.perf_counter()
-        for _ in table.walk(range(len(table.used))):
+def state_bytes(args: argparse.Namespace) -> int:
+    return int(args.elements * (8 if args.state_bits == 32 else 2 + 8 / 256))
+
+
+def no_work(args: argparse.Namespace) -> PageTable:
+    """A table of as many pages as the state has, two of them resident: a walk takes each out and brings it back."""
+    sizes = [min(args.page_bytes, state_bytes(args) - at) for at in range(0, state_bytes(args), args.page_bytes)]
+    table = PageTable(sizes, args.page_bytes, transport(args), budget=0)
+    for _ in range(2):  # the first walks write to a file that has no bytes yet
+        for _ in table.walk(range(len(sizes))):
             pass
-        moved = table.stats.bytes_in + table.stats.bytes_out - before
-        rates.append(moved / (time.perf_counter() - start))
-    table.close()
-    return statistics.median(rates[2:])  # the first walks write to a file that has no bytes yet
+    return table
+
+
+def counters_of_a_step(optimizer: PagedAdamW) -> dict[str, Any]:
+    """What the counters grow by in one step, as in every one after the first."""
+    before = optimizer.stats
+    optimizer.step()
+    return {name: value - before[name] for name, value in optimizer.stats.items()}
 
 
 def row(
@@ -137,35 +142,24 @@ def row(
     compute: float,
     ours: dict[float, PagedAdamW],
 ) -> dict[str, Any]:
-    """A CSV row; bytes and hits are a step's, on average over all steps."""
+    """A CSV row; bytes, hits and misses are one step's."""
     case = {
         "elements": args.elements,
         "state_bits": args.state_bits,
         "tier": args.tier,
         "prefetch": not args.no_prefetch,
     }
-    measured: dict[str, Any] = {
-        "share": "",
-        "resident_bytes": "",
-        "bytes_moved": "",
-        "hits": "",
-        "ideal_ms": "",
-        "model_ms": "",
-    }
+    measured: dict[str, Any] = dict.fromkeys(
+        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms", "over_model"), ""
+    )
     share = next((share for share in ours if arm == arm_name(share)), None)
     if share is not None:
-        optimizer = ours[share]
-        steps, stats = optimizer.steps[0], optimizer.stats
-        moved = (stats["bytes_in"] + stats["bytes_out"]) / steps
-        misses, a_page = stats["misses"] / steps, compute / len(optimizer.pages)
-        transport_ms = 1e3 * moved / bandwidth
-        model = compute + max(0.0, transport_ms - misses * a_page)
-        measured = {"share": share, "resident_bytes": stats["resident_bytes"], "bytes_moved": round(moved)}
-        measured |= {
-            "hits": round(stats["hits"] / steps, 1),
-            "ideal_ms": f"{max(compute, transport_ms):.1f}",
-            "model_ms": f"{model:.1f}",
-        }
+        step = counters_of_a_step(ours[share])
+        moved = step["bytes_in"] + step["bytes_out"]
+        model = max(compute, 1e3 * moved / bandwidth)
+        measured = {"share": share, "resident_bytes": ours[share].stats["resident_bytes"], "bytes_moved": moved}
+        measured |= {"hits": step["hits"], "misses": step["misses"], "model_ms": f"{model:.1f}"}
+        measured |= {"over_model": f"{statistics.median(taken) / model:.2f}"}
     base = BASE if BASE in times else next(iter(times))
     ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
@@ -189,8 +183,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     shares = [100 * row["share"] for row in rows]
     axes.plot(shares, [float(row["p50_ms"]) for row in rows], marker="o", label="measured")
-    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label="model")
-    axes.plot(shares, [float(row["ideal_ms"]) for row in rows], linestyle=":", label="max(compute, bytes / bandwidth)")
+    model = "model: max(compute, bytes / bandwidth)"
+    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label=model)
     axes.set(xlabel="% of the state resident", ylabel="ms a step", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

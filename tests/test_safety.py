@@ -1,7 +1,4 @@
-"""trainers/safety, optimizers and checkpoints: stopped, killed, damaged or diverging runs lose nothing.
-
-QLORA_KILLS=20 QLORA_KILL_SEED=1 pytest tests/test_safety.py -k kill kills more often, elsewhere.
-"""
+"""trainers/safety, optimizers and checkpoints: stopped, killed, damaged or diverging runs lose nothing."""
 
 import errno
 import json
@@ -9,9 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +14,13 @@ import torch
 
 import qlora
 from optim import PagedAdamW
+from tests.kill_runs import PAGE_BYTES, PHASES, kill_and_resume, result_bytes, tiny_run
 from tests.small_base import write_base, write_rows
 from trainers import sft
 from trainers.checkpoint import all_checkpoints
 from trainers.metrics import MetricsFile, read_metrics
 from trainers.optimizers import make_optimizer
 from trainers.safety import Skips
-
-ROOT = Path(__file__).parent.parent
-PAGE_BYTES = 8192  # so that the tiny model needs several
-RUN = f"import json, sys; from trainers import optimizers, sft; optimizers.PAGE_BYTES = {PAGE_BYTES}; "
-RUN += "sft.train(sft.SFTConfig(**json.loads(sys.argv[1])), quiet=True)"
-KILLS, KILL_SEED = int(os.environ.get("QLORA_KILLS", "2")), int(os.environ.get("QLORA_KILL_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +43,9 @@ def config(base, tmp_path) -> sft.SFTConfig:
     )  # fmt: skip
 
 
-def result_bytes(out: Path | str) -> bytes:
-    (file,) = [*Path(out).glob("model/*.safetensors"), *Path(out).glob("adapter/*.safetensors")]
-    return file.read_bytes()
-
-
 def unfinish(config: sft.SFTConfig) -> None:
     """As if the run had been killed before it wrote its result."""
     shutil.rmtree(Path(config.out) / ("model" if config.method == "full" else "adapter"))
-
-
-def start(config: sft.SFTConfig) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config.__dict__)], cwd=ROOT, env=environment)
-
-
-def wait_for_step(out: Path, step: int) -> None:
-    while len(read_metrics(out / "metrics.jsonl")) < step:
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -118,26 +92,17 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path
     assert result_bytes(config.out) == result_bytes(whole.out)
 
 
-def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path):
-    """In training, in evaluation, while a checkpoint is written: each step does all three."""
-    steps = 10 + 8 * KILLS  # more than can pass before the last kill
-    config = replace(config, max_steps=steps, save_every=1, eval_data=config.data, eval_every=1)
+def test_a_run_killed_in_training_in_evaluation_and_in_a_checkpoint_ends_with_the_same_bytes(tmp_path):
+    """`python tests/kill_runs.py --runs 20` kills more of them."""
+    config = tiny_run(tmp_path)
     whole = replace(config, out=str(tmp_path / "whole"))
     sft.train(whole, quiet=True)
-    rng = random.Random(KILL_SEED)
-    process = start(config)
-    wait_for_step(Path(config.out), 1)
-    for _ in range(KILLS):
-        done = len(read_metrics(Path(config.out) / "metrics.jsonl"))
-        wait_for_step(Path(config.out), done + rng.randint(0, 3))
-        time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-        process = start(replace(config, resume=True))
-        wait_for_step(Path(config.out), done + 1)
-    assert process.wait() == 0
+    hits = kill_and_resume(config, PHASES, random.Random(0), tmp_path / "mark")
+    assert len(hits) == 3
     assert result_bytes(config.out) == result_bytes(whole.out)
-    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.jsonl")] == list(range(1, steps + 1))
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, config.max_steps + 1))
+    assert not list(Path(config.out).rglob(".*")), "nothing half-written is left"
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors"])
@@ -154,22 +119,101 @@ def test_one_wrong_bit_in_a_checkpoint_is_noticed(config, file, optimizer):
         sft.train(replace(config, resume=True), quiet=True)
 
 
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(config, monkeypatch):
     save = PagedAdamW.save_state
 
     def full(self, folder, names=None):
-        if "step-000004" in str(folder):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, folder, names)
+        full_disk() if "step-000004" in str(folder) else save(self, folder, names)
 
     monkeypatch.setattr(PagedAdamW, "save_state", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    message = (
+        r"checkpoints/step-000004 could not be written: No space left on device; step-000002 is whole; go on with: "
+    )
+    with pytest.raises(OSError, match=message + r"qlora sft --config \S+/config.json --resume$"):
         sft.train(config, quiet=True)
     monkeypatch.undo()
     folder = Path(config.out) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-000002"], "nothing half-written"
     sft.train(replace(config, resume=True), quiet=True)
     assert all_checkpoints(folder)[-1].name == "step-000008"
+
+
+@pytest.mark.parametrize(
+    ("function", "file", "then"),
+    [
+        ("trainers.results.save_model", "model", "step-000008 is whole; go on with: qlora sft"),
+        ("trainers.run.MetricsFile.append", "metrics.jsonl", "no checkpoint was saved before it"),
+        ("pathlib.Path.write_text", "config.json", ""),
+    ],
+)
+def test_a_disk_that_fills_elsewhere_is_one_line_that_names_the_file(config, monkeypatch, function, file, then):
+    with monkeypatch.context() as patch:
+        patch.setattr(function, full_disk)
+        with pytest.raises(OSError, match=rf"{file} could not be written: No space left on device(; )?{then}"):
+            sft.train(config, quiet=True)
+    if file == "model":
+        sft.train(replace(config, resume=True), quiet=True)
+        assert result_bytes(config.out)
+    assert not list(Path(config.out).glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(config):
+    sft.train(replace(config, max_steps=4), quiet=True)
+    unfinish(config)
+    last = Path(config.out) / "checkpoints" / "step-000004"
+    (last / "state.json").write_text("")
+    with pytest.raises(ValueError, match=rf"state.json cannot be read: .*; delete {last} to go on from step-000002"):
+        sft.train(replace(config, max_steps=4, resume=True), quiet=True)
+    shutil.rmtree(last)
+    assert sft.train(replace(config, max_steps=4, resume=True), quiet=True).result.steps == 4
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(config, monkeypatch):
+    """Step 4 of a run that saves nothing by itself; what it leaves is what a run of 3 steps would have saved."""
+    config = replace(config, save_every=0, max_skipped=0)
+    whole = replace(config, save_every=3, out=f"{config.out}-whole")
+    sft.train(whole, quiet=True)
+    real, calls = sft.sft_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("inf") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(sft, "sft_loss", poisoned)
+    with pytest.raises(ValueError, match=r"loss is inf.*; step 3, the last good state, is in \S+/checkpoints$"):
+        sft.train(config, quiet=True)
+    kept, wanted = (Path(out) / "checkpoints" / "step-000003" for out in (config.out, whole.out))
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (kept / file).read_bytes() == (wanted / file).read_bytes()
+    rng = [json.loads((folder / "state.json").read_text())["torch_rng"] for folder in (kept, wanted)]
+    assert rng[0] == rng[1]
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_two_runs_with_one_seed_give_the_same_bytes_with_8bit_pages_too(config, method):
+    for name in "ab":
+        sft.train(replace(config, method=method, out=config.out + name), quiet=True)
+    assert result_bytes(f"{config.out}a") == result_bytes(f"{config.out}b")
+    checkpoints = [Path(config.out + name) / "checkpoints" / "step-000008" for name in "ab"]
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (checkpoints[0] / file).read_bytes() == (checkpoints[1] / file).read_bytes()
+
+
+@pytest.mark.parametrize("line", ['"x"', "[1]", '{"step": "9"}', "{"])
+def test_a_line_of_metrics_that_is_none_ends_them(config, line, capsys):
+    sft.train(replace(config, max_steps=4), quiet=True)
+    path = Path(config.out) / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    unfinish(config)
+    sft.train(replace(config, max_steps=4, resume=True), quiet=True)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    path.write_text('{"step": 1}\n')
+    assert qlora.main(["inspect", "run", config.out]) == 2
+    assert "metrics.jsonl is not a run's: KeyError 'seconds'" in capsys.readouterr().err
 
 
 def test_another_optimizer_is_another_run(config):
@@ -210,13 +254,16 @@ def test_a_bad_step_changes_nothing_but_the_count(config, monkeypatch):
 
 def test_the_counters_are_in_the_metrics_and_are_shown(config, capsys):
     sft.train(config, quiet=True)
-    paging = read_metrics(Path(config.out) / "metrics.jsonl")[-1]["paging"]
+    before, last = read_metrics(Path(config.out) / "metrics.jsonl")[-2:]
+    paging = last["paging"]
     assert paging["page_ins"] > 8
     assert paging["resident_bytes"] == 2 * PAGE_BYTES
     assert qlora.main(["inspect", "run", config.out]) == 0
     said = capsys.readouterr().out
     assert f"{paging['misses']:,} misses" in said
     assert "checkpoints  step-000006, step-000008" in said
+    assert f"{paging['bytes_in'] - before['paging']['bytes_in']:,} bytes in" in said
+    assert f"{last['page_faults']['minor']:,} minor, {last['page_faults']['major']:,} major" in said
     assert "peak memory" in said
     assert "optimizer paged_adamw_8bit" in said
     assert qlora.main(["inspect", "run", str(Path(config.out).parent)]) == 2
