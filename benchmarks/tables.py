@@ -2,19 +2,14 @@
 
     <!-- table: train_step -->  …  <!-- end of table -->
 
-A cell is a CSV column under a heading, perhaps in another unit. `python benchmarks/tables.py` rewrites README.md; the
+A cell is a CSV column under a heading, perhaps in another unit. `python -m benchmarks.tables` rewrites README.md; the
 tests check that the README says what the CSV files say.
 """
 
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.results import RESULTS, read_rows  # noqa: E402  # after the path
+from benchmarks.results import RESULTS, read_rows
 
 Row = dict[str, str]
 Column = Callable[[Row], str]
@@ -60,6 +55,19 @@ TABLES: dict[str, dict[str, Column]] = {
         "ms": fixed("p50_ms", 1),
         "time ×": fixed("ratio", 2),
     },
+    "lora_matmul": {
+        "LoRA layer": lambda row: f"{row['N']} × {row['K']}, {row['passes']}, M = {row['M']}",
+        "by": plain("arm"),
+        "ms": fixed("p50_ms", 1),
+        "time ×": fixed("ratio", 2),
+    },
+    "linear_cross_entropy": {
+        "last layer and loss": lambda row: f"{row['passes']}, M = {row['M']}",
+        "by": plain("arm"),
+        "ms": fixed("p50_ms", 0),
+        "time ×": fixed("ratio", 2),
+        "memory of the call": lambda row: f"{int(row['peak_extra_bytes']) / 1e6:.0f} MB",
+    },
     "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "packing": {
@@ -95,5 +103,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
+    readme = RESULTS.parent.parent / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
