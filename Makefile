@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test gpu-test lint bench clean
+.PHONY: demo test gpu-test gpu-bench lint bench clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -16,6 +16,10 @@ test: .venv/dev
 # Every Triton kernel on the GPU that is here; without one it says how many tests it left out.
 gpu-test: .venv/dev
 	$(BIN)/python -m pytest tests/gpu
+
+# Our kernels beside bitsandbytes 0.49 and 0.50, dequantize + torch.matmul and dense torch, on the GPU that is here.
+gpu-bench: .venv/dev
+	$(BIN)/qlora bench gpu
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

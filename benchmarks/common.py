@@ -85,7 +85,7 @@ def bnb_weight(q: QuantizedTensor) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import QuantState
 
     stored = to_bnb_state_dict(q, "w")
-    state = QuantState.from_dict({k.removeprefix("w."): v for k, v in stored.items() if k != "w"}, device="cpu")
+    state = QuantState.from_dict({k.removeprefix("w."): v for k, v in stored.items() if k != "w"}, q.packed.device)
     return stored["w"], state
 
 

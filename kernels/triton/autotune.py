@@ -84,6 +84,11 @@ def key_of(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
     return f"{gpu} | {direction} | M {M} | {q.shape[0]}x{q.shape[1]} | {dtype} | {q.blocksize} | {levels}"
 
 
+def chosen(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
+    """The candidate that `run` keeps to for this product, "" while nothing was measured."""
+    return _choices.get(key_of(direction, rows, q), "")
+
+
 @lru_cache
 def _name_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
