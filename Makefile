@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test gpu-test lint bench clean
+.PHONY: demo test gpu-test gpu-bench lint bench clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -17,19 +17,21 @@ test: .venv/dev
 gpu-test: .venv/dev
 	$(BIN)/python -m pytest tests/gpu
 
+# Our kernels beside bitsandbytes 0.49 and 0.50, dequantize + torch.matmul and dense torch, on the GPU that is here.
+gpu-bench: .venv/dev
+	$(BIN)/qlora bench gpu
+
 lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Ours beside the peers, on this machine; rewrites benchmarks/results and the README's tables.
+# Ours beside the peers, on this machine; rewrites benchmarks/results and the README's tables. The rows there come from
+# `make bench QLORA_CPU_ISA=avx2`: without it the C kernels use the best instructions that the processor has.
+BENCHES := train_step matmul lora_matmul linear_cross_entropy dequantize quantize paging packing
 bench: .venv/dev
-	$(BIN)/python benchmarks/bench_train_step.py
-	$(BIN)/python benchmarks/bench_matmul.py
-	$(BIN)/python benchmarks/bench_dequantize.py
-	$(BIN)/python benchmarks/bench_quantize.py
-	$(BIN)/python benchmarks/bench_packing.py
-	$(BIN)/python benchmarks/tables.py
+	for name in $(BENCHES); do $(BIN)/qlora bench $$name || exit 1; done
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -3,12 +3,7 @@
 All write a fresh tensor; ours also writes into an old one ("ours, out="), as the copy does.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch  # after the path, as the repository's packages below
+import torch
 
 import kernels
 import quant

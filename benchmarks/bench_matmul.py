@@ -4,15 +4,10 @@ forward          y = x · Ŵᵀ
 forward and dx   and dx = dy · Ŵ after it; bitsandbytes' is what its backward does, dy @ dequantize_4bit(W)
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from collections.abc import Callable
 from typing import Any
 
-import torch  # after the path, as the repository's packages below
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,22 +11,17 @@ one to four of them joined.
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402  # after the path, as the repository's packages below
-
-from benchmarks.results import write_rows  # noqa: E402
-from data import DataOrder, Encoded, collate_packed, detect, encode_dataset, tasks  # noqa: E402
-from models import Decoder, load_tokenizer  # noqa: E402
-from trainers import sft  # noqa: E402
-from trainers.logprobs import per_token_nll  # noqa: E402
-from trainers.loop import Window, count_window  # noqa: E402
+from benchmarks.results import write_rows
+from data import DataOrder, Encoded, collate_packed, detect, encode_dataset, tasks
+from models import Decoder, load_tokenizer
+from trainers import sft
+from trainers.logprobs import per_token_nll
+from trainers.loop import Window, count_window
 
 
 def task_rows(kind: str) -> list[dict[str, str]]:

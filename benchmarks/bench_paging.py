@@ -11,21 +11,17 @@ with compute the time of a step with all resident, the bytes of one step from th
 arm that walks all pages through two frames with no work on them, one transfer at a time.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch  # after the path, as the repository's packages below
+import torch
 from torch import nn
 
-from benchmarks.common import peer, take_turns
+from benchmarks.common import spread, take_turns, versions
 from benchmarks.results import RESULTS, write_rows
 from optim import FolderTransport, PagedAdamW, PageTable, SlowTransport, Transport
 from optim.paged_adamw import PAGE_BYTES
@@ -161,15 +157,12 @@ def row(
         measured |= {"hits": step["hits"], "misses": step["misses"], "model_ms": f"{model:.1f}"}
         measured |= {"over_model": f"{statistics.median(taken) / model:.2f}"}
     base = BASE if BASE in times else next(iter(times))
-    ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
-    fifths = statistics.quantiles(taken, n=5, method="inclusive")
     return (
         {"key": "/".join([*map(str, case.values()), arm]), "arm": arm}
         | case
         | measured
-        | {"p20_ms": f"{fifths[0]:.1f}", "p50_ms": f"{statistics.median(taken):.1f}", "p80_ms": f"{fifths[-1]:.1f}"}
-        | {"rounds": len(taken), "base": base, "ratio": f"{ratio:.3f}", "bandwidth": round(bandwidth)}
-        | {"peer_versions": peer()}
+        | spread(taken, times[base], base, digits=1)
+        | {"bandwidth": round(bandwidth), "peer_versions": versions("bitsandbytes")}
     )
 
 

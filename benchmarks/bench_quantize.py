@@ -1,11 +1,6 @@
 """quantize, both levels: ours and the reference, beside bitsandbytes."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch  # after the path, as the repository's packages below
+import torch
 
 import kernels
 import quant

@@ -23,15 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.results import write_rows
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402  # after the path, as the repository's packages below
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-
-from benchmarks.results import write_rows  # noqa: E402
-
 ROWS, TOKENS, RANK = 4, 256, 16
 PEER = "transformers + peft + bitsandbytes"
 ARMS = [(who, checkpointed) for checkpointed in (False, True) for who in ("ours", "peer")]

@@ -8,8 +8,9 @@ divided by the base arm's in the same round.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,24 +51,33 @@ def take_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return times
 
 
-def rows_of(case: dict[str, Any], times: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
-    """A CSV row for every arm of one case."""
-    shared = case | {"backend": describe_backends()["cpu"].partition(":")[0], "peer_versions": peer()}
-    rows = []
-    for arm, taken in times.items():
-        fifths = statistics.quantiles(taken, n=5, method="inclusive")
-        ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
-        rows.append(
-            {"key": "/".join([*map(str, case.values()), arm]), "arm": arm}
-            | shared
-            | {"p20_ms": f"{fifths[0]:.3f}", "p50_ms": f"{statistics.median(taken):.3f}", "p80_ms": f"{fifths[-1]:.3f}"}
-            | {"rounds": len(taken), "base": base, "ratio": f"{ratio:.4f}"}
-        )
-    return rows
+def rows_of(
+    case: dict[str, Any], times: dict[str, list[float]], base: str, peers: Sequence[str] = ("bitsandbytes",)
+) -> list[dict[str, Any]]:
+    """A CSV row for every arm of one case. peers: the packages whose versions the rows name."""
+    shared = case | {"backend": describe_backends()["cpu"].partition(":")[0], "peer_versions": versions(*peers)}
+    return [
+        {"key": "/".join([*map(str, case.values()), arm]), "arm": arm} | shared | spread(taken, times[base], base)
+        for arm, taken in times.items()
+    ]
 
 
-def peer() -> str:
-    return f"bitsandbytes {version('bitsandbytes')}"
+def spread(taken: list[float], base_taken: list[float], base: str, digits: int = 3) -> dict[str, Any]:
+    """Percentiles of an arm's milliseconds, and the median over the rounds of their ratio to the base arm's."""
+    fifths = statistics.quantiles(taken, n=5, method="inclusive")
+    ratio = statistics.median(a / b for a, b in zip(taken, base_taken, strict=True))
+    middle = statistics.median(taken)
+    milliseconds = {"p20_ms": fifths[0], "p50_ms": middle, "p80_ms": fifths[-1]}
+    return {name: f"{value:.{digits}f}" for name, value in milliseconds.items()} | {
+        "rounds": len(taken),
+        "base": base,
+        "ratio": f"{ratio:.4f}",
+    }
+
+
+def versions(*packages: str) -> str:
+    """Of those that are installed."""
+    return ", ".join(f"{package} {version(package)}" for package in packages if find_spec(package))
 
 
 def bnb_weight(q: QuantizedTensor) -> tuple[Tensor, Any]:
@@ -75,7 +85,7 @@ def bnb_weight(q: QuantizedTensor) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import QuantState
 
     stored = to_bnb_state_dict(q, "w")
-    state = QuantState.from_dict({k.removeprefix("w."): v for k, v in stored.items() if k != "w"}, device="cpu")
+    state = QuantState.from_dict({k.removeprefix("w."): v for k, v in stored.items() if k != "w"}, q.packed.device)
     return stored["w"], state
 
 

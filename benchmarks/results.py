@@ -54,7 +54,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """The columns in which the rows differ as a table; what they share below it."""
     shared = {k: v for k, v in rows[0].items() if all(row[k] == v for row in rows)}
-    differing = [k for k in rows[0] if k not in shared]
+    differing = [k for k in rows[0] if k not in shared and k != "key"]  # the key repeats the others
     table = Table(*differing, title=title)
     for row in rows:
         table.add_row(*(str(row[k]) for k in differing))

@@ -2,19 +2,15 @@
 
     <!-- table: train_step -->  …  <!-- end of table -->
 
-A cell is a CSV column under a heading, perhaps in another unit. `python benchmarks/tables.py` rewrites README.md; the
+A cell is a CSV column under a heading, perhaps in another unit. `python -m benchmarks.tables` rewrites README.md; the
 tests check that the README says what the CSV files say.
 """
 
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.results import RESULTS, read_rows  # noqa: E402  # after the path
+from benchmarks.results import RESULTS, read_rows
+from kernels.compile_check import NOTE
 
 Row = dict[str, str]
 Column = Callable[[Row], str]
@@ -61,6 +57,19 @@ TABLES: dict[str, dict[str, Column]] = {
         "ms": fixed("p50_ms", 1),
         "time ×": fixed("ratio", 2),
     },
+    "lora_matmul": {
+        "LoRA layer": lambda row: f"{row['N']} × {row['K']}, {row['passes']}, M = {row['M']}",
+        "by": plain("arm"),
+        "ms": fixed("p50_ms", 1),
+        "time ×": fixed("ratio", 2),
+    },
+    "linear_cross_entropy": {
+        "last layer and loss": lambda row: f"{row['passes']}, M = {row['M']}",
+        "by": plain("arm"),
+        "ms": fixed("p50_ms", 0),
+        "time ×": fixed("ratio", 2),
+        "memory of the call": lambda row: f"{int(row['peak_extra_bytes']) / 1e6:.0f} MB",
+    },
     "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "packing": {
@@ -73,8 +82,48 @@ TABLES: dict[str, dict[str, Column]] = {
 }
 
 
+KERNELS = {
+    "dequantize": ("dequantize words", r"dequantize"),
+    "y = x · Ŵᵀ, M = 1": ("decode", r"forward simt M=1"),
+    "y = x · Ŵᵀ, other M": ("forward", r"forward \d.*"),
+    "the same with LoRA": ("forward lora", None),
+    "dx = dy · Ŵ": ("backward", None),
+    "the same with LoRA, dx": ("backward lora", None),
+}
+"""What is computed → our kernel in compile.csv, and which of bitsandbytes' (its config there)."""
+GPUS = {
+    "sm_75": "T4",
+    "sm_80": "A100",
+    "sm_86": "A10",
+    "sm_89": "L4",
+    "sm_90": "H100",
+    "sm_100": "B200",
+    "sm_120": "5090",
+}
+
+
+def compile_table(rows: list[Row]) -> list[str]:
+    """Lowest and highest count over the tiles of each kernel, by GPU; - where there is no such kernel or no count."""
+    heads = ["instructions a weight", "by", *(f"{gpu} ({name})" for gpu, name in GPUS.items())]
+    peer = next((row["kernel"] for row in rows if row["kernel"].startswith("bitsandbytes")), "bitsandbytes")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for what, (ours, theirs) in KERNELS.items():
+        mine = [row for row in rows if row["kernel"] == ours]
+        other = [row for row in rows if theirs and row["kernel"] == peer and re.fullmatch(theirs, row["config"])]
+        for by, found in (("ours", mine), (peer, other))[: 2 if theirs else 1]:
+            lines.append("| " + " | ".join([what, by, *(counts(found, gpu) for gpu in GPUS)]) + " |")
+    return lines
+
+
+def counts(rows: list[Row], target: str) -> str:
+    found = sorted(float(row["per_weight"]) for row in rows if row["target"] == target and row["per_weight"])
+    return "-" if not found else " to ".join(dict.fromkeys(f"{count:.1f}" for count in (found[0], found[-1])))
+
+
 def markdown(name: str, rows: list[Row]) -> str:
     """The table of one benchmark, and what it was measured on."""
+    if name == "compile":
+        return "\n".join([*compile_table(rows), "", f"{NOTE}\n"])
     columns = TABLES[name]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
@@ -88,13 +137,14 @@ def with_tables(text: str) -> str:
 
     def table(mark: re.Match[str]) -> str:
         name = mark.group(1)
-        if name not in TABLES:
-            raise ValueError(f"the mark {mark.group(0).splitlines()[0]} names no table; there are {', '.join(TABLES)}")
+        if name not in (*TABLES, "compile"):
+            there_are = ", ".join([*TABLES, "compile"])
+            raise ValueError(f"the mark {mark.group(0).splitlines()[0]} names no table; there are {there_are}")
         return f"<!-- table: {name} -->\n{markdown(name, read_rows(RESULTS / f'{name}.csv'))}<!-- end of table -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
+    readme = RESULTS.parent.parent / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -35,6 +35,8 @@ def run(args: BenchArgs) -> None:
     script = FOLDER / f"bench_{args.name}.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, str(script), *args.flags], env=environment, check=False)
+    if done.returncode == 2:  # it said what is wrong, as argparse does
+        raise SystemExit(2)
     if done.returncode:
         raise ValueError(f"benchmark {args.name} ended with exit code {done.returncode}")
 

@@ -1,6 +1,8 @@
 """kernels: the quantized operations, fast. What each one means is in quant/; who runs it is decided in dispatch.py.
 
-One file per operation, with its `reference` (plain PyTorch, any device). C kernels are in cpu/, Triton's in triton/.
+One file per operation, with its `reference` (plain PyTorch, any device). The C kernels of the CPU are in cpu/, Triton's
+for GPUs in triton/; ops.py has the products as torch.compile sees them. compile_check.py compiles the Triton kernels
+for GPUs that are not here, and sass.py reads what came of it.
 """
 
 from importlib.util import find_spec

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from quant import QuantizedTensor
 
+from . import ops
 from .dequantize import dequantize
 from .dispatch import backend_for, captured_backend, implementation, register
 from .matmul import check_length, linear, matmul, sum_rows
@@ -72,6 +73,8 @@ def lora_matmul(
             raise ValueError(f"an adapter's own x must be of x's shape, {tuple(x.shape)}, got {tuple(term.x.shape)}")
     check_length("bias", bias, N)
     check_length("row_scale", row_scale, N)
+    if torch.compiler.is_compiling():
+        return compiled(x, base, adapters, bias, row_scale)
     run = implementation("lora_matmul", backend_for("lora_matmul", x.device))
     return run(x, base, adapters, bias, row_scale)
 
@@ -112,10 +115,34 @@ def composed(
         y = _LoRAMatmul.apply(products, scalings, x, base, inner_bias, *inputs)
     else:
         y = matmul(x, base, inner_bias) if isinstance(base, QuantizedTensor) else linear(x, base, inner_bias)
-    if row_scale is not None:
-        y = y * row_scale.to(y.dtype)
-        y = y if bias is None else y + bias.to(y.dtype)
-    return y
+    return y if row_scale is None else _row_scaled(y, row_scale, bias)
+
+
+def _row_scaled(y: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = y * row_scale.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def compiled(
+    x: Tensor,
+    base: Tensor | QuantizedTensor,
+    adapters: Sequence[LoRATerm],
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+) -> Tensor:
+    """What torch.compile traces: plain tensor operations around one operator (ops.py)."""
+    inner_bias = bias if row_scale is None else None
+    low = up = None
+    if adapters:
+        inputs = [x if term.x is None else term.x for term in adapters]
+        lows = [_rows(x_i) @ term.A.to(x.dtype).T for x_i, term in zip(inputs, adapters, strict=True)]
+        scalings, Bs = [term.scaling for term in adapters], [term.B for term in adapters]
+        low, up = torch.cat(lows, 1), torch.cat(_scaled(scalings, Bs, x.dtype), 1)
+    if isinstance(base, QuantizedTensor):
+        y = ops.matmul(x, base, inner_bias, low, up)
+    else:
+        y = low_rank_product(x, base.to(x.dtype), inner_bias, low, up)
+    return y if row_scale is None else _row_scaled(y, row_scale, bias)
 
 
 class _LoRAMatmul(torch.autograd.Function):
@@ -204,3 +231,4 @@ def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor
 
 
 REFERENCE = Products(_forward, _backward)
+register("lora_product", "reference")(_forward)

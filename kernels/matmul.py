@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from quant import QuantizedTensor
 
+from . import ops
 from .dequantize import dequantize
 from .dispatch import backend_for, implementation, register, use_backend
 
@@ -29,6 +30,8 @@ def matmul(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     if len(q.shape) != 2 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"matmul needs x (…, K) and a quantized weight (N, K), got {tuple(x.shape)} and {q.shape}")
     check_length("bias", bias, q.shape[0])
+    if torch.compiler.is_compiling():
+        return ops.matmul(x, q, bias)
     if not torch.is_grad_enabled():  # decoding: autograd's bookkeeping would cost as much as a small product
         return implementation("matmul", backend_for("matmul", x.device, x, q))(x, q, bias)
     return _QuantizedMatmul.apply(x, bias, q)

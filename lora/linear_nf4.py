@@ -57,6 +57,8 @@ class LinearNF4(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight, holding this module's tensors as they are now; the same object as long as they stay in place."""
         now = {name: getattr(self, name) for name in self._names}
+        if torch.compiler.is_compiling():  # addresses are no part of a graph
+            return self._frame.with_tensors({name: t.detach() for name, t in now.items()})
         place = [t.data_ptr() for t in now.values()] if type(now["packed"]) is nn.Parameter else None
         if place is None or self._built is None or self._built[0] != place:
             self._built = place, self._frame.with_tensors({name: t.detach() for name, t in now.items()})

@@ -49,7 +49,7 @@ def recomputed(tensor: Tensor, make: Callable[[], Tensor], *, when: bool = True)
 
     tensor is contiguous. make() must give the same values in the same layout, and must not hold `tensor` itself.
     """
-    if not when:
+    if not when or torch.compiler.is_compiling():  # which decides by itself what its backward makes again
         return nullcontext()
     recipe, address, numel = _Recipe(make), tensor.data_ptr(), tensor.numel()
 

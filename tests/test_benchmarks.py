@@ -1,11 +1,13 @@
 """benchmarks/: the README's tables are what the CSV files say; the memory counter counts; rows replace their like."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import results, tables
+from benchmarks.bench_linear_cross_entropy import peak_resident_bytes
 from benchmarks.bench_train_step import LiveBytes
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,35 @@ def test_the_readme_tables_are_those_of_the_csv_files():
 def test_a_mark_without_a_table_is_refused():
     with pytest.raises(ValueError, match=r"speed_of_light.*names no table.*train_step"):
         tables.with_tables("<!-- table: speed_of_light -->\n<!-- end of table -->")
+
+
+def test_the_table_of_compiled_kernels_goes_from_the_lowest_count_to_the_highest():
+    counted = [
+        ("sm_80", "forward", "16x128", "6.12"),
+        ("sm_80", "forward", "64x128", "8.33"),
+        ("sm_80", "forward", "32x128", ""),
+        ("sm_90", "forward", "64x256", "5.43"),
+        ("sm_80", "bitsandbytes 0.50.2", "forward 32x64x64", "9.5"),
+        ("sm_80", "bitsandbytes 0.50.2", "forward simt M=1", "8.34"),
+    ]
+    table = tables.compile_table(
+        [dict(zip(("target", "kernel", "config", "per_weight"), row, strict=True)) for row in counted]
+    )
+    rows = {tuple(line.split(" | ")[:2]): line.split(" | ")[3:] for line in table}
+    assert rows["| y = x · Ŵᵀ, other M", "ours"] == ["6.1 to 8.3", "-", "-", "5.4", "-", "- |"]
+    assert rows["| y = x · Ŵᵀ, other M", "bitsandbytes 0.50.2"] == ["9.5", "-", "-", "-", "-", "- |"]
+    assert rows["| y = x · Ŵᵀ, M = 1", "bitsandbytes 0.50.2"] == ["8.3", "-", "-", "-", "-", "- |"]
+    assert ("| dx = dy · Ŵ", "bitsandbytes 0.50.2") not in rows
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_resident_peak_falls_when_it_is_reset_and_rises_with_what_is_used():
+    held = torch.ones(16 << 20, dtype=torch.uint8)
+    del held
+    Path("/proc/self/clear_refs").write_text("5")
+    low = peak_resident_bytes()
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak_resident_bytes() - low >= 0.9 * held.nbytes
 
 
 def test_live_bytes_are_the_largest_sum_of_living_storages():

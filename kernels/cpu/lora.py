@@ -19,6 +19,7 @@ from .operations import matmul_cpu, matmul_dx_cpu, why_not_product
 register("linear_cross_entropy", "cpu")(linear_cross_entropy_reference)
 
 PRODUCTS = Products(matmul_cpu, matmul_dx_cpu)
+register("lora_product", "cpu", unless=why_not_product)(matmul_cpu)
 
 
 @register("lora_matmul", "cpu")

@@ -4,7 +4,6 @@
     dequantize.py       the whole weight at once
     matmul_kernels.py   x · Ŵᵀ and dy · Ŵ, with LoRA in the accumulator; matmul.py launches them
     lora_matmul.py      the fused layer and its gradients
-    ops.py              the products as operators that torch.compile sees
     quantize.py         nearest code of each weight
     linear_cross_entropy.py   output layer and loss
     configs.py, autotune.py   tile shapes by GPU, and which is fastest
@@ -14,9 +13,9 @@ They run on GPU tensors, and on CPU tensors in Triton's interpreter (TRITON_INTE
 """
 
 from ..dispatch import register_backend
-from . import dequantize, linear_cross_entropy, lora_matmul, matmul, ops, quantize
+from . import dequantize, linear_cross_entropy, lora_matmul, matmul, quantize
 from .launch import describe, why_missing
 
-__all__ = ["dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "ops", "quantize"]
+__all__ = ["dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "quantize"]
 
 register_backend("triton", why_missing, describe)

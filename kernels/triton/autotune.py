@@ -5,13 +5,16 @@ reads 2 bytes a weight more and then runs at cuBLAS's speed. So there is a numbe
 and it differs by GPU and shape. Nothing is assumed: both are timed at the first call of a shape.
 
 The key of a measurement: GPU, direction, rows rounded up to a power of two, N, K, dtype, block size, levels of scales.
-`table()` lists them. Where nothing was measured yet and nothing may be (QLORA_AUTOTUNE=0, the interpreter, the capture
-of a CUDA graph) the lowest tile that holds all rows runs.
+What was measured is kept in the cache (QLORA_CACHE), in a file for each version of Triton and of the kernels' source,
+which later processes read; `table()` and `qlora bench autotune` list it. Where nothing was measured yet and nothing
+may be (QLORA_AUTOTUNE=0, the interpreter, the capture of a CUDA graph) the lowest tile that holds all rows runs.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from torch import Tensor
 
 from quant import QuantizedTensor
 
+from ..cpu.build import cache_folder
+from ..dispatch import say_once
 from .configs import Config
 from .launch import interpreted
 
@@ -43,11 +48,14 @@ def run(
     """The product by the fastest candidate, timing them all if this key is new."""
     key = key_of(direction, rows, q)
     by_name = {str(config): config for config in candidates}
+    if key not in _choices:
+        read_kept(kept_in())
     if _choices.get(key) not in (COMPOSED, *by_name):
         if not _may_time(rows):
             return fused(default(candidates, len(rows)))
         runs: dict[str, Composed] = {name: lambda c=config: fused(c) for name, config in by_name.items()}  # type: ignore[misc]
         choose(key, {**runs, COMPOSED: composed})
+        keep(kept_in())
     choice = _choices[key]
     return composed() if choice == COMPOSED else fused(by_name[choice])
 
@@ -84,6 +92,11 @@ def key_of(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
     return f"{gpu} | {direction} | M {M} | {q.shape[0]}x{q.shape[1]} | {dtype} | {q.blocksize} | {levels}"
 
 
+def chosen(direction: str, rows: Tensor, q: QuantizedTensor) -> str:
+    """The candidate that `run` keeps to for this product, "" while nothing was measured."""
+    return _choices.get(key_of(direction, rows, q), "")
+
+
 @lru_cache
 def _name_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
@@ -98,9 +111,65 @@ def table() -> list[str]:
     return lines
 
 
+def crossovers() -> list[dict[str, str]]:
+    """One row a product, for all M that were measured: up to which M a fused kernel was faster than the composition."""
+    groups: dict[str, dict[int, str]] = {}
+    for key, choice in _choices.items():
+        gpu, direction, M, *rest = key.split(" | ")
+        groups.setdefault(" | ".join((gpu, direction, *rest)), {})[int(M.removeprefix("M "))] = choice
+    rows = []
+    for product, by_rows in groups.items():
+        columns = ("gpu", "direction", "weight", "dtype", "blocksize", "levels")
+        fused = [M for M, choice in by_rows.items() if choice != COMPOSED]
+        told = {"fused_up_to": str(max(fused)) if fused else "never", "composed_at": _listed(set(by_rows) - set(fused))}
+        rows.append(dict(zip(columns, product.split(" | "), strict=True)) | {"measured_at": _listed(by_rows)} | told)
+    return rows
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def kept_in() -> Path:
+    """The file of this version of Triton and of the kernels."""
+    return cache_folder() / f"autotune-triton-{triton.__version__}-{source_hash()[:16]}.json"
+
+
+@lru_cache
+def source_hash() -> str:
+    """Of every file here: other code, other times."""
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+@lru_cache
+def read_kept(path: Path) -> None:
+    """Once a process. A file that is not there or not right is measured anew."""
+    if path.exists():
+        try:
+            load(path)
+        except (OSError, ValueError) as error:
+            say_once(f"autotune measures again: {error}")
+
+
+def keep(path: Path) -> None:
+    """Together with what other processes have kept meanwhile. What cannot be written is measured again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = dict(_choices), dict(_timings)
+        if path.exists():
+            with suppress(ValueError):
+                load(path)
+        _choices.update(own[0])
+        _timings.update(own[1])
+        save(path)
+    except OSError as error:
+        say_once(f"autotune could not keep what it measured: {error}")
+
+
 def save(path: str | Path) -> None:
     """Write the choices and times as JSON."""
-    aside = Path(path).with_name(Path(path).name + ".tmp")
+    aside = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     aside.write_text(json.dumps({"choices": _choices, "timings": _timings}, indent=1), encoding="utf-8")
     os.replace(aside, path)
 

@@ -20,6 +20,7 @@ from .launch import check_device
 from .matmul import backward, forward
 
 PRODUCTS = Products(forward, backward)
+register("lora_product", "triton")(forward)
 
 
 @register("lora_matmul", "triton")

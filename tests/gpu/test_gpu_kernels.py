@@ -15,7 +15,7 @@ from kernels import LoRATerm, use_backend
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytest.importorskip("triton", reason="Linux only")
-from kernels.triton import autotune, dequantize, matmul, ops
+from kernels.triton import autotune, dequantize, matmul
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(1, 40, 64), (3, 257, 576), (17, 129, 1536), (200, 300, 512), (1, 4096, 4096)]  # (M, N, K)
@@ -159,7 +159,16 @@ def test_a_cuda_graph_replays_the_product(device) -> None:
     torch.testing.assert_close(y, expected)
 
 
-def test_torch_compile(device) -> None:
+def test_torch_compile_keeps_one_graph_with_inductor_and_cuda_graphs(device) -> None:
+    """mode="reduce-overhead" puts the compiled graph into a CUDA graph: three calls, to record and to replay it."""
     q, x = quantized(256, 512, device), randn(4, 512, dtype=torch.float16, device=device)
-    compiled = torch.compile(lambda x: ops.matmul(x, q).relu(), fullgraph=True)
-    torch.testing.assert_close(compiled(x), ops.matmul(x, q).relu())
+    term = LoRATerm(randn(8, 512, device=device), randn(256, 8, device=device), 0.5)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return kernels.lora_matmul(x * 2, q, [term]).relu()
+
+    expected = function(x)
+    for mode in ("default", "reduce-overhead"):
+        compiled = torch.compile(function, fullgraph=True, mode=mode)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), expected)
