@@ -30,3 +30,8 @@ def per_token_logps(
 ) -> Tensor:
     """log p of each counted token, 0 elsewhere: fp32 (B, T-1)."""
     return -per_token_nll(model, input_ids, segment_ids, completion_mask, temperature=temperature)
+
+
+def sequence_logps(per_token_logps: Tensor, completion_mask: Tensor) -> Tensor:
+    """Σ_t m_t · log p_t of each row: (B, T) and a mask of the same shape → (B,). What is masked may hold anything."""
+    return torch.where(completion_mask != 0, per_token_logps, 0).sum(dim=1)
