@@ -127,10 +127,9 @@ def test_prompt_and_answers_are_tokenized_by_pieces(builtin: bool) -> None:
 
 
 def test_a_template_that_writes_two_prompts_is_refused() -> None:
-    """One that says how long the answer will be, say."""
-    length = "{{ messages[-1]['content'] | length }}"
-    tokenizer = ToyTokenizer(length + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    row = {**ROW, "rejected": "cc"}
+    """One that begins with the number of messages, say, where the answers have not equally many."""
+    tokenizer = ToyTokenizer("{{ messages | length }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    row = {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, BAD]}
     with pytest.raises(
         ValueError, match=r"^p: row 1: the chat template writes the prompt before chosen otherwise than"
     ):
