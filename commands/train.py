@@ -1,13 +1,18 @@
 """qlora sft: run a trainer, then say where the results are."""
 
 from trainers import sft
+from trainers.run import RunResult
 from trainers.sft import SFTConfig
 
-__all__ = ["SFTConfig", "run"]
+__all__ = ["SFTConfig", "run", "say"]
 
 
 def run(config: SFTConfig) -> None:
-    result = sft.train(config).result
+    say(sft.train(config).result)
+
+
+def say(result: RunResult) -> None:
+    """How a finished run went, in a line."""
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out rows"
     print(
         f"{result.steps} steps in {result.seconds:.0f} s: loss {result.loss:.4f}{held_out}; "
