@@ -10,7 +10,7 @@ from data.schema import detect
 from models import load_tokenizer
 
 PAIRS = [
-    {"prompt": f"Say the number {i}" + " please" * (i % 3), "chosen": f"It is {i}.",
+    {"prompt": f"Say the number {i}" + " please" * (i % 3), "chosen": f"It is {i}" + ", sir" * (i % 3) + ".",
      "rejected": f"It is {i}" + " and more" * (i % 4 + 1)}
     for i in range(24)
 ]  # fmt: skip
