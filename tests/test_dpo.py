@@ -203,6 +203,7 @@ def test_a_resumed_run_takes_its_reference_from_the_folder(config, method, monke
     [
         (["--loss-type", "hinge", "--label-smoothing", "0.1"], "label_smoothing is for loss_type sigmoid and robust"),
         (["--beta", "0"], "beta must be above 0, got 0.0"),
+        (["--init", "pissa"], "--init pissa changes the base, so that the adapter off is no reference"),
         (["--rpo-alpha", "-1"], "--rpo-alpha must not be negative, got -1.0"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--shape", "alpaca"], "--shape must be preference for dpo, got 'alpaca'"),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+from lora.init import takes_from_weight
+
 from .flags import require
 from .pair_flags import PairFlags
 
@@ -30,6 +32,10 @@ class DPOConfig(PairFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        moved = self.method != "full" and takes_from_weight(self.init)
+        require(
+            not moved, f"--init {self.init} changes the base, so that the adapter off is no reference: take kaiming"
+        )
         check_dpo(self.beta, self.loss_type, self.label_smoothing)
         require(0 <= self.rpo_alpha < float("inf"), f"--rpo-alpha must not be negative, got {self.rpo_alpha}")
 

@@ -18,6 +18,7 @@ from data.order import DataOrder
 from data.preference import EncodedPair, EncodedPairs, encode_pairs, to_pair
 from lora import count_parameters, disabled_adapters
 from lora.adapters import lora_layers
+from lora.init import takes_from_weight
 from models import Decoder, Tokenizer, generate
 
 from . import world
@@ -157,8 +158,8 @@ def said_of(means: Mapping[str, float]) -> str:
 
 @contextmanager
 def untrained(flags: TrainerFlags, model: Decoder) -> Iterator[Decoder]:
-    """The model as it was before training: its adapter switched off, or, for method full, loaded again."""
-    if flags.method == "full":
+    """The model as it was before training: its adapter switched off, or loaded again where that is another model."""
+    if flags.method == "full" or takes_from_weight(flags.init):
         yield frozen_base(flags)
         return
     with disabled_adapters(model):

@@ -5,16 +5,24 @@ sorts: of one pair, which is sorted already, it is cDPO. It has no IPO of sums. 
 tokens, where RPO's paper has a mean over each answer's: equal where the answers are of one length.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
-from trl import DPOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from trainers.dpo import dpo_loss, rpo_term
+from data.encode import Encoded
+from tests.pair_rows import PAIRS, encoded
+from tests.small_base import write_base, write_rows
+from trainers.dpo import DPOConfig as OurConfig
+from trainers.dpo import dpo_loss, rpo_term, train
 from trainers.logprobs import sequence_logps
+from trainers.metrics import read_metrics
 from trainers.orpo import orpo_loss
 
 ACCELERATOR = SimpleNamespace(
@@ -157,3 +165,58 @@ def test_orpo_has_trls_loss_gradient_and_odds() -> None:
     torch.testing.assert_close(logits.grad, trl_logits.grad, rtol=0, atol=4 * eps * logits.grad.abs().max().item())
     assert log_odds.mean().item() == pytest.approx(float(metrics["log_odds_chosen"]), rel=64 * eps)
     assert means.chunk(2)[0].mean().item() == pytest.approx(float(metrics["logps/chosen"]), rel=8 * eps)
+
+
+STEPS, RATE = 5, 1e-3
+
+
+class OnOurIds(DPOTrainer):
+    """TRL's trainer, which takes the tokens as they are: its own learn the newline after ChatML's end token too."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
+def test_whole_runs_agree_with_trls_trainer(tmp_path: Path) -> None:
+    """Full fine-tuning of the tiny model on the same ids: loss, gradient norm and rewards of every step.
+
+    A window is the whole data set, in two micro-batches, so that the order of the pairs does not matter.
+    """
+    base = write_base(tmp_path / "base")
+    pairs, _ = encoded(base)
+    rows = [
+        {"prompt_ids": pair.chosen.ids[: pair.prompt_length], "chosen_ids": learnt(pair.chosen, pair.prompt_length),
+         "rejected_ids": learnt(pair.rejected, pair.prompt_length)}
+        for pair in pairs
+    ]  # fmt: skip
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=STEPS,
+        learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1e9, logging_steps=1,
+        bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        optim="adamw_torch",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    trainer = OnOurIds(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )  # fmt: skip
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+
+    config = OurConfig(
+        data=str(write_rows(tmp_path / "pairs.jsonl", PAIRS[:8])), out=str(tmp_path / "ours"), model=str(base),
+        method="full", batch_size=4, accumulation=2, max_steps=STEPS, learning_rate=RATE, schedule="constant",
+        warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=0.0, samples=0, threads=1,
+    )  # fmt: skip
+    train(config, quiet=True)
+    ours = read_metrics(tmp_path / "ours" / "metrics.jsonl")
+    assert len(ours) == len(theirs) == STEPS
+    assert ours[-1]["loss"] < 0.8 * ours[0]["loss"]
+    for mine, trls in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies"):
+            assert mine[key] == pytest.approx(trls[key], rel=1e-3, abs=1e-3), (mine["step"], key)
+
+
+def learnt(side: Encoded, start: int) -> list[int]:
+    """The answer's ids with its end token."""
+    return [token for token, m in zip(side.ids[start:], side.completion_mask[start:], strict=True) if m]
