@@ -22,6 +22,8 @@ from quant.imports import check_kernels_import
 
 COMMANDS = {
     "demo": ("commands.demo", "DemoArgs", "fine-tune SmolLM2-135M in 4 bits on a small real task, before and after"),
+    "demo dpo": ("commands.demo_preference", "DPODemoArgs", "teach it a preference by DPO, before and after"),
+    "demo orpo": ("commands.demo_preference", "ORPODemoArgs", "the same by ORPO"),
     "sft": ("commands.train", "SFTConfig", "supervised fine-tuning: full, LoRA or QLoRA"),
     "dpo": ("commands.dpo", "DPOConfig", "learn from pairs of answers, against a reference: full, LoRA or QLoRA"),
     "orpo": ("commands.orpo", "ORPOConfig", "learn from pairs of answers, without a reference: full, LoRA or QLoRA"),
