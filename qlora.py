@@ -22,7 +22,11 @@ from quant.imports import check_kernels_import
 
 COMMANDS = {
     "demo": ("commands.demo", "DemoArgs", "fine-tune SmolLM2-135M in 4 bits on a small real task, before and after"),
+    "demo dpo": ("commands.demo_preference", "DPODemoArgs", "teach it a preference by DPO, before and after"),
+    "demo orpo": ("commands.demo_preference", "ORPODemoArgs", "the same by ORPO"),
     "sft": ("commands.train", "SFTConfig", "supervised fine-tuning: full, LoRA or QLoRA"),
+    "dpo": ("commands.dpo", "DPOConfig", "learn from pairs of answers, against a reference: full, LoRA or QLoRA"),
+    "orpo": ("commands.orpo", "ORPOConfig", "learn from pairs of answers, without a reference: full, LoRA or QLoRA"),
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),

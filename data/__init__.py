@@ -23,6 +23,7 @@ from .flags import DataFlags
 from .formats import FORMATS, chat_template, format_name
 from .order import DataOrder, epoch_order, step_rows
 from .packing import pack
+from .preference import EncodedPair, Pair, encode_pairs, to_pair
 from .schema import Schema, detect, to_messages
 from .sources import read_rows
 
@@ -37,8 +38,10 @@ __all__ = [
     "EncodeReport",
     "Encoded",
     "EncodedDataset",
+    "EncodedPair",
     "Learn",
     "Message",
+    "Pair",
     "Schema",
     "Tokenizer",
     "chat_template",
@@ -47,6 +50,7 @@ __all__ = [
     "detect",
     "encode_dataset",
     "encode_messages",
+    "encode_pairs",
     "encode_prompt",
     "epoch_order",
     "format_name",
@@ -58,4 +62,5 @@ __all__ = [
     "step_rows",
     "template_of",
     "to_messages",
+    "to_pair",
 ]

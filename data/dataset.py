@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from .conversations import MAX_TURNS, merge_turns
 from .flags import DataFlags, schema_of
+from .preference import to_pair
 from .schema import Schema, to_messages, to_text
 from .sources import Row, read_rows
 from .split import by_fraction, by_value, commonest, shared, values_of
@@ -93,11 +94,15 @@ def _split_note(rows: Sequence[Row], training: list[int], held_out: list[int], f
 
 
 def _in_messages(dataset: Dataset) -> Dataset:
-    """The same rows as {messages}, or {text}: bad ones are found while their number is that of the file."""
+    """The same rows as {messages}, {text} or pairs: bad ones are found while their number is that of the file."""
     schema, path = dataset.schema, dataset.path
     if schema.kind == "text":
         texts = [{"text": to_text(row, schema, f"{path}: row {i}")} for i, row in enumerate(dataset.rows, start=1)]
         return replace(dataset, rows=texts, schema=Schema("text", schema.explanation))
+    if schema.kind == "preference":
+        pairs = [to_pair(row, schema, f"{path}: row {i}") for i, row in enumerate(dataset.rows, start=1)]
+        rows: list[Row] = [pair._asdict() for pair in pairs]
+        return replace(dataset, rows=rows, schema=Schema("preference", schema.explanation))
     rows = [{"messages": to_messages(row, schema, f"{path}: row {i}")} for i, row in enumerate(dataset.rows, start=1)]
     return replace(dataset, rows=rows, schema=Schema("messages", schema.explanation))
 
@@ -111,8 +116,8 @@ def _merged(dataset: Dataset, flags: DataFlags) -> Dataset:
     """Conversations of `turns` turns, if asked for."""
     if flags.turns == 1:
         return dataset
-    if dataset.schema.kind == "text":
-        raise ValueError("--turns: plain text has no turns")
+    if dataset.schema.kind in ("text", "preference"):
+        raise ValueError(f"--turns: {'plain text has' if dataset.schema.kind == 'text' else 'pairs have'} no turns")
     single = [row["messages"] for row in _in_messages(dataset).rows]
     merged = merge_turns(single, flags.turns, flags.data_seed, reuse=flags.row_reuse, path=dataset.path)
     times = f"{flags.turns} times" if flags.row_reuse else "once"

@@ -127,9 +127,14 @@ def encode_dataset(
 
 
 def encode_messages(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, max_seq_length: int, learn: Learn = "answers"
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    max_seq_length: int,
+    learn: Learn = "answers",
+    learn_from: int = 0,
 ) -> Encoded:
-    """One conversation → ids and mask, cut to max_seq_length.
+    """One conversation → ids and mask, cut to max_seq_length. Answers before message `learn_from` are context.
 
     Raises ValueError when the template refuses the conversation, when an answer cannot be placed, and when an end
     token is needed but the tokenizer has none.
@@ -138,9 +143,14 @@ def encode_messages(
         raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}")
     if learn not in LEARN:
         raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {learn!r}")
-    ids, mask = _encode(tokenizer, messages, learn)
-    n_truncated = max(0, len(ids) - max_seq_length)
-    return Encoded(ids[:max_seq_length], mask[:max_seq_length], n_truncated)
+    ids, mask = _encode(tokenizer, messages, learn, learn_from=learn_from)
+    return cut(Encoded(ids, mask), max_seq_length)
+
+
+def cut(encoded: Encoded, max_seq_length: int) -> Encoded:
+    """The first max_seq_length tokens."""
+    ids, mask = encoded.ids[:max_seq_length], encoded.completion_mask[:max_seq_length]
+    return Encoded(ids, mask, encoded.n_truncated + len(encoded.ids) - len(ids))
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -177,7 +187,11 @@ def show(tokenizer: Tokenizer, encoded: Encoded) -> Text:
 
 
 def _encode(
-    tokenizer: Tokenizer, messages: Sequence[Message], learn: Learn, add_generation_prompt: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    learn: Learn,
+    add_generation_prompt: bool = False,
+    learn_from: int = 0,
 ) -> tuple[list[int], list[int]]:
     """ids and mask of a whole conversation, with EOS where the last answer has no end token."""
     rendering = _locate(tokenizer, messages, add_generation_prompt)
@@ -187,7 +201,7 @@ def _encode(
     for i, (start, stop) in rendering.answers.items():
         end = end_token.match(rendering.text, stop)
         edges |= {start} if end else {start, stop}
-        if learn != "last" or i == last:
+        if (learn != "last" or i == last) and i >= learn_from:
             learnt[start] = end.end() if end else stop
         if i == last and not end and not add_generation_prompt:
             last_is_open = True

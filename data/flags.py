@@ -33,7 +33,7 @@ class DataFlags:
     """Hold out the rows of --data with this value in a column: split=validation."""
     train_where: str | None = None
     """Train only on the rows of --data with this value in a column: split=train."""
-    shape: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text"] = "auto"
+    shape: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "preference", "text"] = "auto"
     """What a row is; auto tells it by the columns of the first row, and says what it found."""
     template: str | None = None
     """Columns into prompt and answer: "{question} => {answer}"; with "{a}[[\\n{b}]] => …" an empty b leaves no line."""

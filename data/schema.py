@@ -4,13 +4,13 @@
     sharegpt            {conversations: [{from, value}, …]}    human, user → user · gpt, assistant, model → assistant
     prompt_completion   {prompt, completion}                   user: prompt · assistant: completion
     alpaca              {instruction, input?, output}          user: instruction, blank line, input · assistant: output
+    preference          {prompt?, chosen, rejected}            two answers to one prompt (preference.py)
     text                {text}                                 a document: no question, every token is learnt
     template            any columns                            told by flags only: flags.py, template.py
 
 `detect` looks at the columns of the first row, in this order, and says in a sentence what it found. `to_messages` turns
 one row into messages and checks it; `to_text` does so for plain text. Every error names the file and the row, counted
 from 1 (in csv the header is not a row). A further shape is a line in SHAPES and a function from row to messages.
-Known but not read here: preference data (see OTHER_SHAPES).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -89,15 +89,26 @@ def to_messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Mess
     """
     read = _template if schema.kind == "template" else SHAPES[schema.kind].to_messages
     messages = read(row, schema, where)
-    if schema.system is not None and messages[0]["role"] != "system":
-        system = fill(schema.system, row, where)
-        messages = [{"role": "system", "content": system}, *messages] if system.strip() else messages
+    messages = with_system(messages, row, schema, where)
+    check_messages(messages, where)
+    return messages
+
+
+def with_system(messages: list[Message], row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
+    """The messages, with the schema's system message in front where they bring none."""
+    if schema.system is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    system = fill(schema.system, row, where)
+    return [{"role": "system", "content": system}, *messages] if system.strip() else messages
+
+
+def check_messages(messages: Sequence[Message], where: str) -> None:
+    """Raises ValueError for turns out of order, and for a blank question or answer."""
     _check_order([message["role"] for message in messages], where)
     for number, message in enumerate(messages, start=1):
         if message["role"] != "system" and not message["content"].strip():
             what = "answer" if message["role"] == "assistant" else "question"
             raise ValueError(f"{where}: the {what} (message {number}) is empty")
-    return messages
 
 
 def to_text(row: Mapping[str, Any], schema: Schema, where: str) -> str:
@@ -105,13 +116,19 @@ def to_text(row: Mapping[str, Any], schema: Schema, where: str) -> str:
     return fill(schema.answer, row, where) if schema.answer else _text(row, schema.column or "text", where)
 
 
+def messages_at(row: Mapping[str, Any], path: str, where: str, *, sharegpt: bool = False) -> list[Message]:
+    """The messages of the list at `path`, their roles in our words. Raises ValueError for anything else there."""
+    if sharegpt:
+        return _each(row, path, where, "from", "value", SHAREGPT_ROLES)
+    return _each(row, path, where, "role", "content", {role: role for role in ROLES})
+
+
 def _messages(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
-    roles = {role: role for role in ROLES}
-    return _each(row, schema.column or "messages", where, "role", "content", roles)
+    return messages_at(row, schema.column or "messages", where)
 
 
 def _sharegpt(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
-    return _each(row, schema.column or "conversations", where, "from", "value", SHAREGPT_ROLES)
+    return messages_at(row, schema.column or "conversations", where, sharegpt=True)
 
 
 def _prompt_completion(row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
@@ -126,6 +143,13 @@ def _alpaca(row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
 
 def _no_messages(_row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
     raise ValueError(f"{where}: plain text holds no questions and answers")
+
+
+def _no_single_answer(_row: Mapping[str, Any], _: Schema, where: str) -> list[Message]:
+    raise ValueError(
+        f"{where}: a pair of answers is for qlora dpo and orpo; to learn the chosen ones alone, where they are texts: "
+        "--prompt-column prompt --completion-column chosen"
+    )
 
 
 def _template(row: Mapping[str, Any], schema: Schema, where: str) -> list[Message]:
@@ -206,17 +230,19 @@ SHAPES = {
         "instruction and input, a blank line between, are the user's turn; output is the answer that is learnt",
         _alpaca,
     ),
+    "preference": _Shape(
+        frozenset({"chosen", "rejected"}),
+        frozenset({"prompt"}),
+        "two answers to a prompt, of which chosen is to become likelier than rejected; where both are conversations, "
+        "the messages they share are the prompt",
+        _no_single_answer,
+    ),
     "text": _Shape(frozenset({"text"}), NONE, f"text {DOCUMENT}", _no_messages),
 }
-
-OTHER_SHAPES = {"chosen": "preference"}
 
 
 def _why_no_shape(columns: set[str]) -> str:
     """The nearest shape's missing columns, or the shapes there are."""
-    for column, name in OTHER_SHAPES.items():
-        if column in columns:
-            return f"{column!r} makes this {name} data, which is not read here (shapes: {', '.join(SHAPES)})"
     nearest = max(SHAPES, key=lambda kind: len(SHAPES[kind].required & columns))
     required = SHAPES[nearest].required
     if not required & columns:

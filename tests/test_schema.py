@@ -86,7 +86,7 @@ def test_the_explanation_names_the_columns_that_are_not_used() -> None:
         ({"a": 1}, "the columns must be .*; found a"),
         ({"instruction": "a", "answer": "b"}, "missing 'output' of the alpaca shape .*; found answer, instruction"),
         ({"prompt": "a"}, "missing 'completion' of the prompt_completion shape"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'chosen' makes this preference data"),
+        ({"id": 1, "chosen": "b"}, "missing 'rejected' of the preference shape"),
     ],
 )
 def test_columns_of_no_shape(row: dict, message: str) -> None:

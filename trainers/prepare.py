@@ -63,6 +63,11 @@ def _dtype(flags: TrainerFlags) -> torch.dtype:
     return torch.bfloat16 if flags.dtype == "bf16" else torch.float32
 
 
+def frozen_base(flags: TrainerFlags) -> Decoder:
+    """The model as it is before training, to compare with: nothing in it trains."""
+    return load_base(flags, flags.model).requires_grad_(False).eval()
+
+
 def load_trained(flags: TrainerFlags) -> Decoder:
     """What a finished run left in its folder: its model, or its base with its adapter."""
     out = Path(flags.out)

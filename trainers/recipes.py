@@ -9,6 +9,7 @@
 | weight decay | 0.01 | 0.01 | torch.optim.AdamW, Unsloth's guide (QLoRA: 0) |
 | clipping | 1.0 | 1.0 | transformers' default (QLoRA: 0.3) |
 | rows an update | 16 | 16 | QLoRA's scripts |
+| learning rate, DPO and ORPO | 1e-6 | 5e-6 | TRL's default; Unsloth's guide |
 
 A flag given by the user always wins: a warning is a line at the start of the run and in its config.json, no more.
 
@@ -17,12 +18,18 @@ masks by token id, and the model never learns to stop: here masks come from leng
 of less than half its last bit (0.2 to 0.4% of it): here what is trained is fp32, whatever the activations are.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 METHODS = ("full", "lora", "qlora")
 
-LEARNING_RATE = {"sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}}
+LEARNING_RATE = {
+    "sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+    "dpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
+    "orpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
+}
 """By trainer, then by method."""
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -68,6 +75,7 @@ class Recipe:
     padding: float
     """share of padding in the batches"""
     packing: bool
+    trainer: str = "sft"
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -78,6 +86,9 @@ def warnings(recipe: Recipe) -> list[str]:
 
 def _about_the_rate(recipe: Recipe) -> Iterator[str]:
     rate = f"learning rate {recipe.learning_rate:g}"
+    if recipe.trainer in ("dpo", "orpo"):
+        yield from _about_the_preference_rate(recipe, rate)
+        return
     if recipe.method == "full":
         if recipe.learning_rate >= 1e-4:
             yield f"{rate} is one for adapters: full fine-tuning takes 1e-5 to 5e-5 (axolotl's guide), 2e-5 by default"
@@ -88,6 +99,16 @@ def _about_the_rate(recipe: Recipe) -> Iterator[str]:
     limit = 5e-4 if recipe.parameters >= 1e9 else 5e-3
     if recipe.learning_rate > limit:
         yield f"{rate} is above {limit:g}: QLoRA and Unsloth take 2e-4 and less; larger rates tend to diverge"
+
+
+def _about_the_preference_rate(recipe: Recipe, rate: str) -> Iterator[str]:
+    if recipe.method == "full":
+        if recipe.learning_rate >= 1e-5:
+            yield f"{rate} is much for preferences in full: TRL takes 1e-6; larger rates make every answer unlikely"
+        return
+    limit = 5e-5 if recipe.parameters >= 1e9 else 1e-3  # small models take more: qlora demo dpo (docs/log.md)
+    if recipe.learning_rate > limit:
+        yield f"{rate} is above {limit:g}: Unsloth takes 5e-6 for preferences; larger rates make every answer unlikely"
 
 
 def _about_the_adapter(recipe: Recipe) -> Iterator[str]:
@@ -129,3 +150,51 @@ def _about_the_steps(recipe: Recipe) -> Iterator[str]:
     if recipe.examples < 10 * per_update:
         updates = f"{recipe.examples / per_update:.1f} updates of {per_update:.0f} examples"
         yield f"an epoch is {updates}, too few to learn much from: lower --accumulation or --batch-size"
+
+
+class PreferenceHealth:
+    """What the numbers of a DPO or ORPO run say while it runs: means of its first ten steps against its last ten.
+
+    The limits are ours. Each warning is said once.
+    """
+
+    STEPS = 10
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """rows: of metrics.jsonl, where a run goes on."""
+        self.rows = list(rows)
+        self.said: set[str] = set()
+
+    def new_warnings(self, row: Mapping[str, Any]) -> list[str]:
+        """Takes the row of a step; every ten steps from the twentieth on, what is new."""
+        self.rows.append(row)
+        if len(self.rows) < 2 * self.STEPS or len(self.rows) % self.STEPS:
+            return []
+        found = {text.partition(":")[0].partition(" (")[0]: text for text in self._judge()}
+        new = [text for what, text in found.items() if what not in self.said]
+        self.said |= set(found)
+        return new
+
+    def _judge(self) -> Iterator[str]:
+        first, last = self.rows[: self.STEPS], self.rows[-self.STEPS :]
+        before, now = _mean(first, "logps/chosen"), _mean(last, "logps/chosen")
+        if now < 1.25 * before:
+            yield (
+                f"chosen answers grow less likely (logps/chosen {before:.3g} at first, {now:.3g} now): the margin is "
+                "won by pushing rejected ones down; a lower rate, a larger --beta, or --rpo-alpha 1 hold them"
+            )
+        if (accuracy := _mean(last, "rewards/accuracies")) < 0.6:
+            yield (
+                f"pairs are told apart hardly better than by chance (accuracy {accuracy:.0%}): raise --learning-rate, "
+                "or see with `qlora inspect data` what sets the answers apart"
+            )
+        if (margin := _mean(last, "rewards/margins")) > 10:
+            yield (
+                f"the margin is far beyond what is needed (rewards/margins {margin:.1f}): the gradient has vanished, "
+                "and the model is far from its reference; fewer --epochs, or a larger --beta"
+            )
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """NaN where a row has none: metrics.jsonl has null for what was not finite."""
+    return sum(math.nan if row.get(name) is None else row[name] for row in rows) / len(rows)
