@@ -33,6 +33,7 @@ COMMANDS = {
         "make an adapter part of its base, dense or in 4 bits, and say what it costs",
     ),
     "combine": ("commands.combine", "CombineArgs", "several adapters of one base into one"),
+    "shrink": ("commands.shrink", "ShrinkArgs", "write a model with some of its layers: a student to distil into"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
     "inspect weight": (
