@@ -22,7 +22,10 @@ from dataclasses import dataclass
 
 METHODS = ("full", "lora", "qlora")
 
-LEARNING_RATE = {"sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}}
+LEARNING_RATE = {
+    "sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+    "distill": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+}
 """By trainer, then by method."""
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -68,6 +71,7 @@ class Recipe:
     padding: float
     """share of padding in the batches"""
     packing: bool
+    trainer: str = "sft"
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -79,7 +83,8 @@ def warnings(recipe: Recipe) -> list[str]:
 def _about_the_rate(recipe: Recipe) -> Iterator[str]:
     rate = f"learning rate {recipe.learning_rate:g}"
     if recipe.method == "full":
-        if recipe.learning_rate >= 1e-4:
+        # a student that lost half of its layers learns at a rate of pre-training (docs/log.md)
+        if recipe.learning_rate >= 1e-4 and recipe.trainer != "distill":
             yield f"{rate} is one for adapters: full fine-tuning takes 1e-5 to 5e-5 (axolotl's guide), 2e-5 by default"
         return
     if recipe.learning_rate <= 5e-5:
