@@ -83,7 +83,7 @@ def warnings(recipe: Recipe) -> list[str]:
 def _about_the_rate(recipe: Recipe) -> Iterator[str]:
     rate = f"learning rate {recipe.learning_rate:g}"
     if recipe.method == "full":
-        # a student that lost half of its layers learns at a rate of pre-training (docs/log.md)
+        # a student that lost half of its layers learns at ten times that rate and more (benchmarks/bench_distill.py)
         if recipe.learning_rate >= 1e-4 and recipe.trainer != "distill":
             yield f"{rate} is one for adapters: full fine-tuning takes 1e-5 to 5e-5 (axolotl's guide), 2e-5 by default"
         return
