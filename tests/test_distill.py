@@ -21,7 +21,7 @@ from lora import LoRAConfig, add_adapter, save_adapter, trainable_parameters
 from models import load_model, load_tokenizer
 from tests.small_teacher import Made, config_for, make
 from trainers import distill, sft
-from trainers.distill_setup import distill_warnings
+from trainers.distill_setup import distill_warnings, unhealthy
 from trainers.metrics import read_metrics
 from trainers.prepare import prepare_model
 from trainers.teacher import LoadedTeacher, check_vocabularies, learnt, load_teacher
@@ -334,6 +334,16 @@ def test_what_seldom_works_is_said(made, tmp_path):
     assert "about 9 times smaller" in said(small, large, ce_weight=0.5, temperature=3.0)
     assert "it may know better than it is taught" in said(large, small)
     assert "an example has 300 tokens, the teacher's context is 256" in said(small, large, longest=300)
+
+
+def test_what_goes_wrong_is_said_once(made, tmp_path, capsys):
+    config = config_for(made, tmp_path / "run", on_policy_fraction=1.0, max_new_tokens=1, max_steps=4, eval_every=1)
+    distill.train(replace(config, learning_rate=0.3, schedule="constant", max_grad_norm=0.0))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("nearly all sampled answers are cut at --max-new-tokens") == 1
+    assert said.count("further from its teacher than at the last evaluation") == 1
+    assert list(unhealthy(config, {"eval_kl": 1.0, "sampled_length": 0.5}, 1.0)) == []
+    assert list(unhealthy(config, {"eval_kl": 1.0}, None)) == []
 
 
 def test_the_start_of_a_run_says_what_it_does(made, tmp_path, capsys):

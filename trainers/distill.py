@@ -38,7 +38,7 @@ from models import Decoder, Tokenizer, load_tokenizer
 
 from . import run_folder, world
 from .distill_config import DistillConfig
-from .distill_setup import about_the_teacher, check_prompts, distill_warnings, prepare_teacher
+from .distill_setup import about_the_teacher, check_prompts, distill_warnings, prepare_teacher, unhealthy
 from .loop import count_window, split, train_step
 from .metrics import ProgressLine
 from .on_policy import sample_answers, sampled_rows
@@ -134,8 +134,10 @@ def train(config: DistillConfig, *, quiet: bool = False) -> Trained:
             f"{describe(tokenizer)}; learnt: {config.learn}",
             f"an epoch: {order}, {recipe.padding:.1%} padding; {recipe.examples_per_update:.3g} examples an update",
         )
+        last_kl, said = None, set[str]()
         if eval_set and not run.done:
             start = evaluate(model, teacher, eval_set.examples, config.batch_size, tokenizer.pad_id)
+            last_kl = start["eval_kl"]
             run.progress.say(held_out_line("before", start, len(eval_set.examples)))
         model.train()
         for step in run.steps_left():
@@ -165,6 +167,10 @@ def train(config: DistillConfig, *, quiet: bool = False) -> Trained:
             if eval_set and run.evaluation_is_due(step):
                 row |= evaluate(model, teacher, eval_set.examples, config.batch_size, tokenizer.pad_id)
                 run.progress.say(held_out_line(f"step {step + 1}", row, len(eval_set.examples)))
+            for line in set(unhealthy(config, row, last_kl)) - said:
+                said.add(line)
+                run.progress.say(f"warning: {line}")
+            last_kl = row.get("eval_kl", last_kl)
             run.end_step(step, loss, grad_norm, rate, **row)
     result = run.result()
     if world.is_main():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.dataset import Dataset
 from data.encode import Encoded
@@ -92,6 +93,17 @@ def distill_warnings(config: DistillConfig, student: Decoder, teacher: Teacher, 
                 f"the {config.teacher_top_k} cached tokens leave {rest:.0%} of the teacher's probability to the rest, "
                 "of which nothing is learnt: raise --teacher-top-k"
             )
+
+
+def unhealthy(config: DistillConfig, row: Mapping[str, Any], last_kl: float | None) -> Iterator[str]:
+    """What a step's numbers say against the run, in words. last_kl: eval_kl of the evaluation before."""
+    if last_kl is not None and row.get("eval_kl", 0.0) > 1.05 * last_kl:
+        yield "the student is further from its teacher than at the last evaluation: lower --learning-rate"
+    if row.get("sampled_length", 0.0) > 0.9 * config.max_new_tokens:
+        yield (
+            "nearly all sampled answers are cut at --max-new-tokens: the student never sees an end of its own; raise "
+            "it, or lower --on-policy-fraction"
+        )
 
 
 def about_the_teacher(config: DistillConfig) -> str:
