@@ -12,7 +12,6 @@ known words and of rows whose words and forms training never shows. Everything i
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -66,7 +65,8 @@ def measured(model: Decoder, teacher: LoadedTeacher, out: Path) -> dict[str, str
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for the teacher and for each student."""
     out = Path(args.out)
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        raise ValueError(f"{out} is there already: remove it, or pass another --out")
     write_task(out / "data", args.rows, args.held_out)
     adapter = args.adapter or teach_teacher(out, args.teacher_steps)
     config = distill.DistillConfig(
@@ -91,7 +91,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/bench-distill", help="replaced when it is there")
+    parser.add_argument("--out", default="runs/bench-distill", help="a new folder")
     parser.add_argument("--adapter", help="the teacher's, for example runs/demo/run/adapter; trained by default")
     parser.add_argument("--teacher-steps", type=int, default=30)
     parser.add_argument("--layers", type=int, default=15)

@@ -34,10 +34,13 @@ def prepare_teacher(
         temperature = config.temperature if split == "train" else 1.0
         description = description_of(members, vocabulary, top_k=config.teacher_top_k, temperature=temperature, **how)
         caches[split] = TopKCache(Path(config.teacher_cache), split, members, description)
-    if world.is_main() and any(cache.missing() for cache in caches.values()):
+    incomplete = any(cache.missing() for cache in caches.values())
+    world.wait_for_all()  # every rank has looked before the first writes
+    if incomplete:
         _check_vocabulary(config, tokenizer)
-        _complete(config, tokenizer, caches, quiet=quiet)
-    world.wait_for_all()
+        if world.is_main():
+            _complete(config, tokenizer, caches, quiet=quiet)
+        world.wait_for_all()
     return CachedTeacher(caches)
 
 
