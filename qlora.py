@@ -27,6 +27,7 @@ COMMANDS = {
     "sft": ("commands.train", "SFTConfig", "supervised fine-tuning: full, LoRA or QLoRA"),
     "dpo": ("commands.dpo", "DPOConfig", "learn from pairs of answers, against a reference: full, LoRA or QLoRA"),
     "orpo": ("commands.orpo", "ORPOConfig", "learn from pairs of answers, without a reference: full, LoRA or QLoRA"),
+    "distill": ("commands.distill", "DistillConfig", "teach a student what its teacher predicts, token by token"),
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),
@@ -37,6 +38,7 @@ COMMANDS = {
         "make an adapter part of its base, dense or in 4 bits, and say what it costs",
     ),
     "combine": ("commands.combine", "CombineArgs", "several adapters of one base into one"),
+    "shrink": ("commands.shrink", "ShrinkArgs", "write a model with some of its layers: a student to distil into"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
     "inspect weight": (

@@ -11,7 +11,9 @@ from pathlib import Path
 from . import cpu as _cpu  # noqa: F401  # registers the C kernels
 from .dequantize import dequantize
 from .dispatch import captured_backend, describe_backends, use_backend
+from .divergence import TopK
 from .linear_cross_entropy import Head, linear_cross_entropy
+from .linear_distill import linear_distill, linear_top_k
 from .lora_matmul import LoRATerm, lora_matmul
 from .matmul import linear, matmul
 from .quantize import quantize
@@ -22,11 +24,14 @@ if find_spec("triton") is not None:  # Linux only
 __all__ = [
     "Head",
     "LoRATerm",
+    "TopK",
     "captured_backend",
     "dequantize",
     "describe_backends",
     "linear",
     "linear_cross_entropy",
+    "linear_distill",
+    "linear_top_k",
     "lora_matmul",
     "matmul",
     "quantize",

@@ -147,6 +147,10 @@ class Tokenizer:
         )
         return self.encode(text)
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, special ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def save(self, folder: str | Path) -> None:
         """Write the files that load_tokenizer and transformers' AutoTokenizer read, into an existing folder."""
         folder = Path(folder)

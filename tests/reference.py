@@ -371,3 +371,51 @@ def orpo_pair(chosen: float, rejected: float, lambda_or: float) -> PairLoss:
     (odds_c, slope_c), (odds_r, slope_r) = log_odds(chosen), log_odds(rejected)
     slope = -lambda_or * sigmoid(odds_r - odds_c)
     return PairLoss(-lambda_or * log_sigmoid(odds_c - odds_r), slope * slope_c, -slope * slope_r)
+# Distillation (GKD, arXiv 2306.13649, eq. 1): one row of student and teacher logits
+
+
+class RowLoss(NamedTuple):
+    value: float
+    gradient: Vector
+    """by each of the student's logits"""
+
+
+def kl(p: Vector, q: Vector) -> float:
+    """KL(P ‖ Q) of log-probabilities; an outcome of probability 0 in P adds nothing."""
+    return sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if math.exp(a) > 0)
+
+
+def log_sum(logps: Sequence[float]) -> float:
+    largest = max(logps)
+    return largest + math.log(sum(math.exp(a - largest) for a in logps))
+
+
+def distillation(
+    student: Vector, teacher: Vector, *, beta: float, temperature: float = 1.0, outcomes: list[list[int]] | None = None
+) -> RowLoss:
+    """β KL(T ‖ M) + (1-β) KL(S ‖ M), M = βT + (1-β)S; β = 0: KL(T ‖ S), β = 1: KL(S ‖ T). Softmax at `temperature`.
+
+    outcomes: tokens that count as one, each token in one of them; by default each alone.
+    The gradient goes by the chain rule: f = ∂D/∂ log S of each outcome, and ∂ log S_c/∂z_v = [v in c] S_v/S_c - S_v.
+    """
+    groups = outcomes or [[v] for v in range(len(student))]
+    tokens = log_softmax([z / temperature for z in student])
+    s = [log_sum([tokens[v] for v in group]) for group in groups]
+    all_t = log_softmax([z / temperature for z in teacher])
+    t = [log_sum([all_t[v] for v in group]) for group in groups]
+    if beta == 0:
+        value, f = kl(t, s), [-math.exp(b) for b in t]
+    elif beta == 1:
+        value, f = kl(s, t), [math.exp(a) * (a - b + 1) for a, b in zip(s, t, strict=True)]
+    else:
+        m = [log_sum([math.log(1 - beta) + a, math.log(beta) + b]) for a, b in zip(s, t, strict=True)]
+        value = beta * kl(t, m) + (1 - beta) * kl(s, m)
+        f = []
+        for a, b, c in zip(s, t, m, strict=True):
+            S, by_m = math.exp(a), (1 - beta) * math.exp(a - c)  # ∂M/∂ log S, over M
+            f.append(-beta * math.exp(b) * by_m + (1 - beta) * (S * (a - c) + S - S * by_m))
+    gradient = [-math.exp(tokens[v]) * sum(f) for v in range(len(student))]
+    for group, slope, a in zip(groups, f, s, strict=True):
+        for v in group:
+            gradient[v] += slope * math.exp(tokens[v] - a)
+    return RowLoss(value, [g / temperature for g in gradient])

@@ -81,7 +81,7 @@ def window_gradients(config: sft.SFTConfig) -> dict[str, torch.Tensor]:
             parameter.add_(0.05 * torch.randn_like(parameter))
     window = config.batch_size * config.accumulation * world.world_size()
     batches = sft._batches(
-        train_set, sft._data_order(config, train_set).step(window, 0), config.batch_size, tokenizer.pad_id
+        train_set, sft.data_order(config, train_set).step(window, 0), config.batch_size, tokenizer.pad_id
     )
     num_items = count_window(batches).learnt_tokens
 

@@ -29,6 +29,7 @@ LEARNING_RATE = {
     "sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
     "dpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
     "orpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
+    "distill": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
 }
 """By trainer, then by method."""
 
@@ -90,7 +91,8 @@ def _about_the_rate(recipe: Recipe) -> Iterator[str]:
         yield from _about_the_preference_rate(recipe, rate)
         return
     if recipe.method == "full":
-        if recipe.learning_rate >= 1e-4:
+        # a student that lost half of its layers learns at ten times that rate and more (benchmarks/bench_distill.py)
+        if recipe.learning_rate >= 1e-4 and recipe.trainer != "distill":
             yield f"{rate} is one for adapters: full fine-tuning takes 1e-5 to 5e-5 (axolotl's guide), 2e-5 by default"
         return
     if recipe.learning_rate <= 5e-5:

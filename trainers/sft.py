@@ -38,7 +38,18 @@ from .results import LOSS_CURVES, answers, write_plots, write_samples, write_wei
 from .run import Run, RunResult, Trained, finished
 from .sft_config import SFTConfig
 
-__all__ = ["RunResult", "SFTConfig", "Trained", "evaluate_loss", "prepare_model", "sft_loss", "train"]
+__all__ = [
+    "RunResult",
+    "SFTConfig",
+    "Trained",
+    "data_order",
+    "encode",
+    "evaluate_loss",
+    "prepare_model",
+    "recipe_of",
+    "sft_loss",
+    "train",
+]
 
 
 def sft_loss(nll: Tensor, completion_mask: Tensor, num_items: int | None = None) -> Tensor:
@@ -64,17 +75,17 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     run_folder.check(out, config, env, resume=config.resume)
 
     tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
-    train_set = _encode(config, tokenizer, data)
-    order = _data_order(config, train_set)
+    train_set = encode(config, tokenizer, data)
+    order = data_order(config, train_set)
     window = config.batch_size * config.accumulation * world.world_size()
     total_steps = config.max_steps or max(1, math.ceil(order.n_rows * config.epochs / window))
     if config.resume and (last_row := run_folder.last_row_if_finished(out, total_steps)):
         return finished(config, tokenizer, last_row, quiet=quiet)
-    eval_set = _encode(config, tokenizer, held_out) if held_out else None
+    eval_set = encode(config, tokenizer, held_out) if held_out else None
     model = prepare_model(config)
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(config, parameters)
-    recipe = _recipe(config, model, train_set, order, window, total_steps)
+    recipe = recipe_of(config, model, train_set, order, window, total_steps)
     warned = warnings(recipe)
 
     with Run(config, env, warned, parameters, optimizer, total_steps, quiet=quiet) as run:
@@ -127,7 +138,8 @@ def _write_results(
         write_samples(Path(config.out), samples)
 
 
-def _data_order(config: SFTConfig, train_set: EncodedDataset) -> DataOrder:
+def data_order(config: SFTConfig, train_set: EncodedDataset) -> DataOrder:
+    """Which rows every step takes, as the flags want them."""
     return DataOrder(
         [len(example.ids) for example in train_set.examples],
         config.seed,
@@ -136,9 +148,10 @@ def _data_order(config: SFTConfig, train_set: EncodedDataset) -> DataOrder:
     )
 
 
-def _recipe(
+def recipe_of(
     config: SFTConfig, model: Decoder, train_set: EncodedDataset, order: DataOrder, window: int, total_steps: int
 ) -> Recipe:
+    """The run in the numbers that recipes.warnings judges."""
     report = train_set.report
     return Recipe(
         method=config.method,
@@ -160,6 +173,7 @@ def _recipe(
         examples_per_update=window * len(train_set.examples) / order.n_rows,
         padding=order.padding(config.batch_size),
         packing=config.packing,
+        trainer=config.TRAINER,
     )
 
 
@@ -179,6 +193,7 @@ def evaluate_loss(model: Decoder, examples: list[Encoded], batch_size: int, pad_
     return evaluate(model, [collate(part, pad_id=pad_id) for part in split(examples, batch_size)], nll_of)
 
 
-def _encode(config: SFTConfig, tokenizer: Tokenizer, data: Dataset) -> EncodedDataset:
+def encode(config: SFTConfig, tokenizer: Tokenizer, data: Dataset) -> EncodedDataset:
+    """The rows as ids and masks. Raises ValueError, naming the row, for a bad one."""
     length = config.max_seq_length
     return encode_dataset(tokenizer, data.rows, data.schema, max_seq_length=length, path=data.path, learn=config.learn)
