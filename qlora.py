@@ -23,6 +23,7 @@ from quant.imports import check_kernels_import
 COMMANDS = {
     "demo": ("commands.demo", "DemoArgs", "fine-tune SmolLM2-135M in 4 bits on a small real task, before and after"),
     "sft": ("commands.train", "SFTConfig", "supervised fine-tuning: full, LoRA or QLoRA"),
+    "grpo": ("commands.grpo", "GRPOConfig", "reinforcement by groups, with rewards: GRPO, DAPO, Dr. GRPO, GSPO"),
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),

@@ -26,11 +26,39 @@ the loss is -mean A, near 0, and its gradient is not.
     B completions, prompt-major in groups of G; T tokens of the longest completion
 
 Differences of log-probabilities are cut at ±20 before exp, so that nothing overflows: beyond, a ratio is e^±20 and its
-gradient 0. Left out: entropy bonus, CISPO, SAPO, weights for rollouts from another engine.
+gradient 0. Left out: entropy bonus, CISPO, SAPO, weights for rollouts from another engine, several processes.
+
+    qlora grpo --data rows.jsonl --rewards exact --recipe gspo --out runs/grpo
 """
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.dataset import read_datasets
+from data.formats import describe as describe_format
+from lora import count_parameters, disabled_adapters, trainable_parameters
+from models import Decoder, load_tokenizer
+
+from . import run_folder, world
+from .grpo_config import GRPOConfig, warnings
+from .grpo_metrics import CURVES, health, masked_mean, merged_metrics, sampling_difference
+from .loop import split, train_step
+from .metrics import MetricsFile
+from .optimizers import make_optimizer
+from .prepare import load_base, prepare_model
+from .results import write_plots, write_weights
+from .rewards import make_rewards
+from .rollout import Prompt, Rollout, Sampler, Scored, collect, describe, encode_prompts, rollout_logps, to_rollout
+from .run import Run, Trained, finished
+
+__all__ = ["GRPOConfig", "evaluate_reward", "group_advantages", "grpo_loss", "loss_items", "train"]
 
 SCALES = ("group", "batch", "none")
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
@@ -104,7 +132,7 @@ def grpo_loss(
         d = _difference(ref_per_token_logps, per_token_logps, mask)
         per_token_kl = d.exp() - d - 1
         per_token_loss = per_token_loss + beta * per_token_kl
-        metrics["kl"] = _mean(per_token_kl.detach(), mask)
+        metrics["kl"] = masked_mean(per_token_kl.detach(), mask)
     return _aggregate(per_token_loss * mask, mask, loss_type, max_completion_length, num_items), metrics
 
 
@@ -143,16 +171,12 @@ def _ratio_metrics(ratio: Tensor, A: Tensor, mask: Tensor, epsilon: float, high:
     counted = ratio[mask] if mask.any() else ratio.new_ones(1)
     return {
         "tokens": int(mask.sum()),
-        "clip_ratio/low": _mean((ratio < 1 - epsilon) & (A < 0), mask),
-        "clip_ratio/high": _mean((ratio > 1 + high) & (A > 0), mask),
+        "clip_ratio/low": masked_mean((ratio < 1 - epsilon) & (A < 0), mask),
+        "clip_ratio/high": masked_mean((ratio > 1 + high) & (A > 0), mask),
         "ratio/mean": float(counted.mean()),
         "ratio/min": float(counted.min()),
         "ratio/max": float(counted.max()),
     }
-
-
-def _mean(x: Tensor, mask: Tensor) -> float:
-    return float((x * mask).sum() / mask.sum().clamp(min=1))
 
 
 def _check(
@@ -168,3 +192,197 @@ def _check(
         raise ValueError(f"delta must be above 1 + epsilon_high = {1 + high:g}, got {delta}")
     if loss_type == "dr_grpo" and not max_completion_length:
         raise ValueError("loss_type dr_grpo divides by max_completion_length, which is not given")
+
+
+def train(config: GRPOConfig, *, quiet: bool = False) -> Trained:
+    """Train and write the run's folder. Raises ValueError or OSError for what a user got wrong.
+
+    With resume, a run that is finished already is not trained again: its model and its last numbers come back.
+    """
+    if world.world_size() > 1:
+        raise ValueError("qlora grpo trains in one process: start it without torchrun")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    out, goal = Path(config.out), config.objective
+    data, held_out = read_datasets(config)
+    rewards = make_rewards(config.reward_names, config.all_weights, max_completion_length=config.max_completion_length)
+    env = run_folder.environment(run_folder.rows_hash(data.rows))
+    run_folder.check(out, asdict(config), env, resume=config.resume)
+    tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
+    count = config.prompts_per_update * config.minibatches
+    if len(data.rows) < count:
+        raise ValueError(f"{data.path}: a batch of rollouts takes {count} prompts, found {len(data.rows)}")
+    total_steps = config.max_steps or math.ceil(len(data.rows) * config.epochs / count) * goal.updates_per_rollout
+    if config.resume and (last_row := run_folder.last_row_if_finished(out, total_steps)):
+        return finished(config, tokenizer, last_row, quiet=quiet)
+
+    model = prepare_model(config)
+    room = {"max_completion_length": config.max_completion_length, "context": model.config.max_position_embeddings}
+    prompts = encode_prompts(tokenizer, data, **room)
+    held_prompts = encode_prompts(tokenizer, held_out, **room) if held_out else []
+    sampler = Sampler(model, tokenizer, rewards, config)
+    parameters = trainable_parameters(model)
+    optimizer = make_optimizer(config, parameters)
+    reference = _reference(config, model)
+    with Run(
+        config, env, warnings(config, count_parameters(model)[1]), parameters, optimizer, total_steps, quiet=quiet
+    ) as run:
+        run.introduce(
+            model,
+            f"data: {data.schema.explanation}; {len(prompts):,} prompts, {len(held_prompts):,} held out",
+            f"{describe_format(tokenizer)}; recipe {config.recipe}: {goal}",
+            f"a batch of rollouts: {count} prompts × {config.num_generations} completions; rewards: "
+            + ", ".join(f"{reward.weight:g} · {reward.name}" for reward in rewards),
+            "this loss stays near 0 by its making: watch reward, kl and entropy",
+        )
+        samples = MetricsFile(out / "samples.jsonl", run.done if config.resume else None)
+        rollout, place = Rollout.from_buffer(run.buffer)
+        told: set[str] = set()
+        reward = run.metrics.last.get("reward")
+        if held_prompts and not run.metrics.last:
+            run.metrics.append(step=0, **_evaluate(run, sampler, held_prompts, 0))
+        for step in run.steps_left():
+            row: dict[str, Any] = {}
+            update, rate = step % goal.updates_per_rollout, config.rate(step, total_steps)
+            if update == 0 or rollout is None:
+                with run.speed.measured(0):
+                    scored, place, replaced = collect(sampler, prompts, place, count, dynamic=goal.dynamic_sampling)
+                    rollout = _to_rollout(scored, config)
+                    rollout = _with_fixed_logps(rollout, model, reference, prompts, config)
+                row = describe(scored, config.num_generations) | {"prompts_drawn": place.drawn, "replaced": replaced}
+                reward = row["reward"]
+                if rollout.old_logps is not None:
+                    row |= sampling_difference(rollout.old_logps, rollout.sampling_logps, rollout.completion_mask)
+                _keep_samples(samples, step + 1, scored[: config.samples], rollout, prompts)
+            window = config.window(update)
+            num_items = loss_items(goal.loss_type, rollout.completion_mask[window])
+            batches = split(_worth_a_forward(rollout, window, goal.beta), config.batch_size)
+            seen: list[dict[str, float]] = []
+
+            def loss_of(rows: Sequence[int], of: Rollout = rollout, n: int = num_items, seen: list = seen) -> Tensor:
+                share, metrics = _loss_of(model, of, list(rows), prompts, config, n)
+                seen.append(metrics)
+                return share
+
+            with run.speed.measured(int(rollout.lengths[window].sum())):
+                loss, grad_norm = train_step(
+                    batches,
+                    loss_of,
+                    parameters,
+                    optimizer,
+                    learning_rate=rate,
+                    max_grad_norm=config.max_grad_norm,
+                    skips=run.skips,
+                )
+            row |= merged_metrics(seen)
+            if held_prompts and run.evaluation_is_due(step):
+                row |= _evaluate(run, sampler, held_prompts, step + 1)
+            for number, line in health({"step": step + 1} | row, by_token=goal.importance_sampling_level == "token"):
+                if number not in told:
+                    run.progress.say(f"warning, step {step + 1}: {line}")
+                    told.add(number)
+            note = "" if reward is None else f"reward {reward:.3f}"
+            run.end_step(step, loss, grad_norm, rate, buffer=rollout.buffer(place), note=note, **row)
+    write_weights(config, model, tokenizer, run.progress)
+    write_plots(out, CURVES, run.progress)
+    return Trained(model, tokenizer, run.result())
+
+
+def _loss_of(
+    model: Decoder, rollout: Rollout, rows: list[int], prompts: Sequence[Prompt], config: GRPOConfig, num_items: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The share of these completions in the window's loss."""
+    goal = config.objective
+    logps, entropy = rollout_logps(model, rollout, rows, prompts, temperature=config.temperature)
+    mask = rollout.completion_mask[rows]
+    loss, metrics = grpo_loss(
+        logps,
+        None if rollout.old_logps is None else rollout.old_logps[rows],
+        rollout.advantages[rows],
+        mask,
+        ref_per_token_logps=None if rollout.ref_logps is None else rollout.ref_logps[rows],
+        beta=goal.beta,
+        epsilon=goal.epsilon,
+        epsilon_high=goal.epsilon_high,
+        delta=config.delta,
+        loss_type=goal.loss_type,
+        importance_sampling_level=goal.importance_sampling_level,
+        max_completion_length=config.max_completion_length,
+        num_items=num_items,
+    )
+    metrics["entropy"] = masked_mean(entropy, mask != 0)
+    if rollout.old_logps is None:  # the policy that trains is still the one that sampled
+        metrics |= sampling_difference(logps.detach(), rollout.sampling_logps[rows], mask)
+    return loss, metrics
+
+
+def _to_rollout(scored: Sequence[Scored], config: GRPOConfig) -> Rollout:
+    goal, rewards = config.objective, torch.tensor([one.reward for one in scored], dtype=torch.float64)
+    advantages = group_advantages(rewards, config.num_generations, scale=goal.scale_rewards)
+    return to_rollout(scored, advantages, mask_truncated=goal.mask_truncated)
+
+
+def _reference(config: GRPOConfig, model: Decoder) -> Decoder | None:
+    """The model before training, where the KL asks for it: with adapters the same one, without them a second one."""
+    if not config.objective.beta:
+        return None
+    return model if config.method != "full" else load_base(config, config.model).requires_grad_(False)
+
+
+@torch.no_grad()
+def _with_fixed_logps(
+    rollout: Rollout, model: Decoder, reference: Decoder | None, prompts: Sequence[Prompt], config: GRPOConfig
+) -> Rollout:
+    """The rollout with what its updates compare with: the reference's log-probabilities, and where there is more than
+    one update, the policy's own as they are now."""
+    was_training = model.training
+    model.eval()  # no dropout
+
+    def every(of: Decoder) -> Tensor:
+        parts = split(range(len(rollout.prompts)), config.batch_size)
+        temperature = config.temperature
+        return torch.cat([rollout_logps(of, rollout, rows, prompts, temperature=temperature)[0] for rows in parts])
+
+    old = every(model) if config.objective.updates_per_rollout > 1 else None
+    ref = None
+    if reference is not None:
+        with disabled_adapters(model) if reference is model else nullcontext():
+            ref = every(reference)
+    model.train(was_training)
+    return rollout._replace(old_logps=old, ref_logps=ref)
+
+
+def _worth_a_forward(rollout: Rollout, window: slice, beta: float) -> list[int]:
+    """Those of a window's completions that can have a gradient; one, where none can."""
+    counted = rollout.completion_mask.any(dim=1)
+    if not beta:
+        counted = counted & (rollout.advantages != 0)
+    rows = range(len(counted))[window]
+    return [i for i in rows if counted[i]] or [rows[0]]
+
+
+def _evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> dict[str, Any]:
+    row = evaluate_reward(sampler, prompts)
+    run.progress.say(f"step {step}: mean reward {row['eval_reward']:.4f} on {len(prompts)} held-out prompts, greedy")
+    return row
+
+
+def evaluate_reward(sampler: Sampler, prompts: Sequence[Prompt], batch_size: int = 64) -> dict[str, Any]:
+    """Rewards and lengths of greedy completions, as eval_reward and its like."""
+    scored = [
+        group[0]
+        for numbers in split(range(len(prompts)), batch_size)
+        for group in sampler.complete(prompts, numbers, greedy=True)
+    ]
+    row = describe(scored, 1, "eval_")
+    return {key: value for key, value in row.items() if not key.endswith("std")}
+
+
+def _keep_samples(
+    file: MetricsFile, step: int, scored: Sequence[Scored], rollout: Rollout, prompts: Sequence[Prompt]
+) -> None:
+    """samples.jsonl: one completion a line."""
+    for one, advantage in zip(scored, rollout.advantages.tolist(), strict=False):
+        about = {"prompt": prompts[one.prompt].messages, "wanted": prompts[one.prompt].wanted}
+        said = {"completion": one.text, "finish_reason": one.completion.finish_reason}
+        file.append(step=step, **about, **said, rewards=one.rewards, reward=one.reward, advantage=advantage)

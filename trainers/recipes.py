@@ -22,7 +22,10 @@ from dataclasses import dataclass
 
 METHODS = ("full", "lora", "qlora")
 
-LEARNING_RATE = {"sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}}
+LEARNING_RATE = {
+    "sft": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+    "grpo": {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5},  # TRL's default; LoRA Without Regret's ten times as much
+}
 """By trainer, then by method."""
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
