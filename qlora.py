@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),
+    "task": ("commands.task", "TaskArgs", "write the rows of a task that comes with this repository"),
     "quantize": ("commands.quantize", "QuantizeArgs", "write a model as a 4-bit folder, in bitsandbytes' format"),
     "merge": (
         "commands.merge",
