@@ -66,7 +66,8 @@ def test_a_recipe_raises_a_reward(config, recipe):
     eval_data = write_rows(Path(config.out).parent / "eval.jsonl", ROWS[:4])
     config = replace(
         config, recipe=recipe, max_steps=16 if recipe == "grpo" else 24, learning_rate=3e-2, method="full",
-        loraplus_ratio=None, eval_data=str(eval_data), schedule="constant", warmup_ratio=0.0, batch_size=8, accumulation=1,
+        loraplus_ratio=None, eval_data=str(eval_data),
+        schedule="constant", warmup_ratio=0.0, batch_size=8, accumulation=1,
     )  # fmt: skip
     grpo.train(config, quiet=True)
     rows = rows_of(config)
