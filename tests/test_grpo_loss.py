@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests import reference
+from tests import reference_grpo as reference
 from trainers.grpo import LEVELS, LOSS_TYPES, SCALES, group_advantages, grpo_loss, loss_items
 
 EPS = torch.finfo(torch.float64).eps

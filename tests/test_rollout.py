@@ -1,17 +1,19 @@
 """trainers/rollout: prompts drawn in order, groups with and without spread, what is sampled, what a buffer keeps."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from data.dataset import Dataset
+from data.dataset import Dataset, read_datasets
+from data.flags import DataFlags
 from data.order import epoch_order
 from data.schema import detect
 from models import load_model, load_tokenizer
 from tests.small_base import ROWS, write_base
-from trainers.rewards import Reward
+from trainers.rewards import Answer, Reward, make_rewards, score
 from trainers.rollout import (
     Place,
     Rollout,
@@ -141,3 +143,24 @@ def test_a_buffer_brings_the_rollout_back(made):
         for a, b in zip(kept, back, strict=True):
             assert a is b is None or torch.equal(a, b)
     assert Rollout.from_buffer({}) == (None, Place())
+
+
+def test_gsm8ks_format_is_a_task(made, tmp_path):
+    """Its columns by a template, its answers by the number after ####."""
+    path = tmp_path / "gsm8k.jsonl"
+    row = {"question": "Ann has 3 pens and buys 4. How many has she?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
+    path.write_text(json.dumps(row) + "\n")
+    data, _ = read_datasets(DataFlags(data=str(path), template="{question} => {answer}"))
+    sampler, _ = made
+    (prompt,) = encode_prompts(sampler.tokenizer, data, max_completion_length=8, context=256)
+    assert "How many has she?" in sampler.tokenizer.decode(prompt.ids)
+    rewards = make_rewards(["number"], [], max_completion_length=8)
+    given = [Answer(prompt.messages, text, [1], True, prompt.wanted, prompt.row) for text in ("#### 7", "It is 8.")]
+    assert score(rewards, given)[0] == [1, 0]
+
+
+def test_a_prompt_that_leaves_no_room_is_named(made):
+    sampler, _ = made
+    data = Dataset(ROWS, detect(ROWS, "rows"), "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows.jsonl: row 1: its prompt has \d+ tokens, .* context of 20$"):
+        encode_prompts(sampler.tokenizer, data, max_completion_length=8, context=20)
