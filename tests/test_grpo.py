@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import inspect_run
 from data.dataset import read_datasets
 from lora import load_adapter, trainable_parameters
 from models import load_model, load_tokenizer
+from qlora import main
 from tests.small_base import ROWS, write_base, write_rows
 from trainers import grpo
 from trainers.checkpoint import all_checkpoints
@@ -241,6 +243,31 @@ def test_a_run_leaves_its_folder(config, base):
     assert torch.equal(reloaded.eval()(ids), trained.model.eval()(ids))
     again = grpo.train(replace(config, max_steps=2, beta=0.1, resume=True), quiet=True)
     assert again.result.steps == 2
+    run_config = json.loads((out / "config.json").read_text())["config"]
+    said = inspect_run.lines(run_config, rows_of(config), [])
+    assert any(line.startswith("reward       0.") for line in said)
+
+
+def test_the_command_says_rewards_before_and_after(config, base, capsys):
+    flags = [
+        "--data",
+        config.data,
+        "--out",
+        config.out,
+        "--model",
+        str(base),
+        "--rewards",
+        "length:3",
+        "--max-steps",
+        "1",
+    ]
+    flags += ["--batch-size", "4", "--accumulation", "1", "--num-generations", "4", "--max-completion-length", "4"]
+    assert main(["grpo", *flags, "--eval-data", config.data]) == 0
+    said = capsys.readouterr().out
+    assert "mean reward of rollouts: 0." in said
+    assert "mean reward of held-out prompts, greedy: 0." in said
+    assert main(["grpo", *flags, "--out", config.out + "2", "--rewards", "exakt"]) == 2
+    assert capsys.readouterr().err.startswith("qlora grpo: reward 'exakt' is none of exact, number,")
 
 
 @pytest.mark.parametrize(
