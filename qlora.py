@@ -28,9 +28,11 @@ COMMANDS = {
     "dpo": ("commands.dpo", "DPOConfig", "learn from pairs of answers, against a reference: full, LoRA or QLoRA"),
     "orpo": ("commands.orpo", "ORPOConfig", "learn from pairs of answers, without a reference: full, LoRA or QLoRA"),
     "distill": ("commands.distill", "DistillConfig", "teach a student what its teacher predicts, token by token"),
+    "grpo": ("commands.grpo", "GRPOConfig", "reinforcement by groups, with rewards: GRPO, DAPO, Dr. GRPO, GSPO"),
     "generate": ("commands.generate", "GenerateArgs", "answer a prompt"),
     "chat": ("commands.chat", "ChatArgs", "talk with a model; answers stream"),
     "probe": ("commands.probe", "ProbeArgs", "can the model do a dataset's task already? Run it on a few rows"),
+    "task": ("commands.task", "TaskArgs", "write the rows of a task that comes with this repository"),
     "quantize": ("commands.quantize", "QuantizeArgs", "write a model as a 4-bit folder, in bitsandbytes' format"),
     "merge": (
         "commands.merge",

@@ -42,10 +42,15 @@ def run(args: InspectRunArgs) -> None:
 def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[Path]) -> list[str]:
     """What is printed, from the flags, metrics.jsonl and the checkpoints."""
     said = [", ".join(f"{name} {config[name]}" for name in SHOWN if config.get(name) is not None)]
+    rows = [row for row in rows if row["step"] > 0]  # step 0 is an evaluation before training
     if rows:
         first, last = rows[0], rows[-1]
         said.append(f"steps        {last['step']}, {last['seconds']:.0f} s, {last['tokens_per_second']:,.0f} tokens/s")
         said.append(f"loss         {_number(first['loss'])} at step {first['step']}, {_number(last['loss'])} now")
+        if rewards := [row for row in rows if row.get("reward") is not None]:
+            said.append(
+                f"reward       {rewards[0]['reward']:.4f} at step {rewards[0]['step']}, {rewards[-1]['reward']:.4f} now"
+            )
         evaluations = [row for row in rows if row.get("eval_loss") is not None]
         if evaluations:
             at = evaluations[-1]

@@ -16,10 +16,13 @@ layer with a sliding window (Mistral 7B, arXiv 2310.06825) only to the last W of
 no mask when the row is one document with padding on its right, since no token looks right; rows that hold several
 documents take one call a document (a masked call was measured 9 to 13 times slower). A document longer than W is cut
 into chunks of at least W tokens: a chunk attends to itself and to the chunk before it through one mask that all chunks
-and layers share, so that no T·T of anything exists. What padding attends to is never used, and left unspecified.
+and layers share, so that no T·T of anything exists. Documents may share their beginning, as the completions of one
+prompt do: it is computed once, and each of them attends to it and to itself. What padding attends to is never used, and
+left unspecified.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,6 +143,24 @@ def document_runs(segment_ids: Tensor) -> Runs | None:
     return None if plain else runs
 
 
+def prefix_runs(runs: Runs, segment_ids: Tensor, prefix_ids: Tensor) -> list[int | None]:
+    """For each of these documents, which of them comes before it: None, or its number in `runs`.
+
+    prefix_ids (B, T): 0, or the segment id of an earlier document of the row, which the token's document continues.
+    Raises ValueError for a prefix that is not an earlier document, or that has a prefix itself.
+    """
+    found = {(row, int(segment_ids[row, start])): number for number, (row, start, _) in enumerate(runs)}
+    wanted = [int(prefix_ids[row, start]) for row, start, _ in runs]
+    prefixes = [found.get((row, prefix)) for (row, _, _), prefix in zip(runs, wanted, strict=True)]
+    for number, (prefix, asked) in enumerate(zip(prefixes, wanted, strict=True)):
+        if asked and (prefix is None or prefix >= number or wanted[prefix]):
+            row, start, _ = runs[number]
+            raise ValueError(
+                f"prefix_ids must name an earlier document without a prefix, got {asked} at row {row}, column {start}"
+            )
+    return prefixes
+
+
 class Band(NamedTuple):
     """A sliding window of W tokens, and the mask of a chunk of C ≥ W of them."""
 
@@ -156,10 +177,18 @@ def band(window: int, *, chunk: int | None = None, dtype: torch.dtype, device: t
     return Band(window, torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, window: Band | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Runs | None,
+    window: Band | None = None,
+    prefixes: Sequence[int | None] | None = None,
+) -> Tensor:
     """Tokens attending to one another. q (B, T, H, Dh), k and v (B, T, Kv, Dh) → (B, T, H, Dh).
 
-    runs is what document_runs returned; with runs, padding gets zeros.
+    runs is what document_runs returned; with runs, padding gets zeros. prefixes is what prefix_runs returned: a
+    document's tokens attend to the whole of its prefix too, as if they stood right behind it.
     """
     if runs is None:
         return _causal(q, k, v, window)
@@ -169,12 +198,28 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs | None, window:
         done = row * T + stop
     sizes.append(q.shape[0] * T - done)
     # one split, whose backward is one cat; the backward of a slice would fill a whole (B, T, H, Dh) for each document
-    pieces = zip(*(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True)
+    pieces = list(zip(*(x.flatten(0, 1).split(sizes) for x in (q, k, v)), strict=True))
     y = []
     for i, (q_i, k_i, v_i) in enumerate(pieces):
-        is_document = i % 2 == 1
-        y.append(_causal(q_i[None], k_i[None], v_i[None], window)[0] if is_document else torch.zeros_like(q_i))
+        prefix = prefixes[i // 2] if prefixes and i % 2 == 1 else None
+        if i % 2 == 0:
+            y.append(torch.zeros_like(q_i))  # padding
+        elif prefix is None:
+            y.append(_causal(q_i[None], k_i[None], v_i[None], window)[0])
+        else:
+            _, k_0, v_0 = pieces[2 * prefix + 1]
+            y.append(_continued(q_i, torch.cat([k_0, k_i]), torch.cat([v_0, v_i]), window))
     return torch.cat(y).view(q.shape)
+
+
+def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
+    """q (T, H, Dh) of the last T of S tokens, k and v (S, Kv, Dh) of all of them → (T, H, Dh)."""
+    T, S = q.shape[0], k.shape[0]
+    position = torch.arange(S, device=q.device)
+    distance = position[S - T :, None] - position
+    allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window.window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)[0].transpose(0, 1)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:

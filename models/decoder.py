@@ -39,6 +39,7 @@ from .attention import (
     cached_attention,
     causal_attention,
     document_runs,
+    prefix_runs,
     rope_frequencies,
     rope_scale,
     rope_tables,
@@ -63,6 +64,8 @@ class Shared(NamedTuple):
     """by window, over the cache; None when the new tokens attend to one another alone: no cache, or an empty one"""
     lean: bool = False
     """keep no activation for backward that is cheap to compute again (recompute.py)"""
+    prefixes: list[int | None] | None = None
+    """of each of the runs, the run that comes before it, where documents share their beginning"""
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class Attention(nn.Module):
         if shared.cache is not None:
             all_k, all_v = shared.cache.write(self.layer, k, v)
         if shared.masks is None:
-            y = causal_attention(q, k, v, shared.runs, shared.bands.get(self.window))
+            y = causal_attention(q, k, v, shared.runs, shared.bands.get(self.window), shared.prefixes)
         else:
             y = cached_attention(q, all_k, all_v, shared.masks[self.window])
         return project(self.o_proj, y.reshape(*x.shape[:2], -1))
@@ -204,6 +207,7 @@ class Decoder(nn.Module):
         *,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        prefix_ids: Tensor | None = None,
         cache: KVCache | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
@@ -211,11 +215,17 @@ class Decoder(nn.Module):
 
         input_ids int64 (B, T). segment_ids int64 (B, T): 0 is padding, a document is one stretch of an id ≥ 1; all
         one document by default. position_ids int64 (B, T): by default they count from 0 in every document, or go on
-        from what the cache holds. What comes out at padding is unspecified.
+        from what the cache holds. prefix_ids int64 (B, T): 0, or the id of an earlier document of the row that the
+        token's document continues: its tokens attend to all of that one too, and need position_ids that go on from it.
+        What comes out at padding is unspecified.
         With a cache, padding must be on the right; the tokens are added to the cache. Raises ValueError for
         segment_ids that break these rules, and when the cache is full.
         """
         shared = self._shared(input_ids, position_ids, segment_ids, cache)
+        if prefix_ids is not None:
+            if cache is not None or segment_ids is None or shared.runs is None:
+                raise ValueError("prefix_ids need segment_ids with several documents in a row, and no cache")
+            shared = shared._replace(prefixes=prefix_runs(shared.runs, segment_ids, prefix_ids))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         context_fn = self._captured() if recompute else None

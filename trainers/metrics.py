@@ -102,9 +102,11 @@ class ProgressLine:
             self.task = self.bar.add_task("", total=total_steps, completed=done)
             self.bar.start()
 
-    def update(self, step: int, *, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+    def update(self, step: int, *, loss: float, learning_rate: float, tokens_per_second: float, note: str = "") -> None:
+        """note: what a trainer's loss does not say."""
         memory = peak_memory_bytes() / 1e9
-        text = f"loss {loss:.4f}  lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s  {memory:.2f} GB peak"
+        told = f"{note}  " if note else ""
+        text = f"{told}loss {loss:.4f}  lr {learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s  {memory:.2f} GB peak"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
         elif not self.quiet and (step % max(1, self.total // PLAIN_LINES) == 0 or step in (1, self.total)):
@@ -124,17 +126,19 @@ class ProgressLine:
 def plot_curves(rows: list[dict[str, Any]], path: Path, curves: Mapping[str, str], ylabel: str) -> bool:
     """Some numbers of metrics.jsonl over the steps, as a PNG; curves: {key of the row: label}.
 
-    A key that no row has draws nothing. False where matplotlib (extra `plot`) is not installed.
+    A key that no row has draws nothing, nor makes a file. False where matplotlib (extra `plot`) is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    lines = {key: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in curves}
+    if not any(lines.values()):
+        return True
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in curves.items():
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
+        if points := lines[key]:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 15 else None)
     axes.set(xlabel="optimizer step", ylabel=ylabel)
     axes.legend()

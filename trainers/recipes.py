@@ -30,6 +30,7 @@ LEARNING_RATE = {
     "dpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
     "orpo": {"full": 1e-6, "lora": 5e-6, "qlora": 5e-6},
     "distill": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+    "grpo": {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5},  # TRL's default; LoRA Without Regret's ten times as much
 }
 """By trainer, then by method."""
 

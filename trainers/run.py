@@ -137,9 +137,10 @@ class Run:
         rate: float,
         *,
         buffer: Mapping[str, Tensor] | None = None,
+        note: str = "",
         **more: Any,
     ) -> None:
-        """Step `step` (from 0) is done. `more` joins its row in metrics.jsonl, `buffer` its checkpoint.
+        """Step `step` (from 0) ended. `more` joins its row in metrics.jsonl, `buffer` its checkpoint, `note` its line.
 
         Raises Interrupted, with the step saved, when a signal asked the run to stop.
         """
@@ -149,7 +150,7 @@ class Run:
         row |= {"tokens_per_second": round(speed.tokens_per_second, 1), "peak_memory_bytes": peak_memory_bytes()}
         row |= {"page_faults": page_faults(), "skipped": self.skips.total} | paging(self.optimizer)
         self.loss, self.eval_loss = loss, more.get("eval_loss", self.eval_loss)
-        self.progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
+        self.progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second, note=note)
         with writing(self.metrics.path, f"; {go_on(self.flags.TRAINER, self.out)}"):
             self.metrics.append(**row)
         self._good = (now, buffer or {}, torch.get_rng_state())

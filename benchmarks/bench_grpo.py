@@ -1,0 +1,220 @@
+"""One GRPO iteration of SmolLM2-135M in 4 bits, ours beside TRL's GRPOTrainer with peft and bitsandbytes.
+
+    8 prompts (about 40 tokens) × 8 completions of 64 tokens, one update, r = 16 on all linear layers, fp32, no KL
+
+Both sample at temperature 1, score, and update, from the same weights and prompts; every completion has all 64 tokens,
+since neither side may end one (a random end would be another amount of work each time). The reward, the share of
+different tokens in a completion, has spread in every group, so that none is left out. Every arm runs in a process of
+its own, in turns. Columns of the CSV:
+
+    seconds             of the iterations after the first: sampling, rewards, forward, backward, optimizer
+    peak_process_bytes  peak resident memory of the process, Python, libraries and loading included
+
+`--forward` is how many completions a forward of training holds, the same on both sides; TRL's own default is 8.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import write_rows  # noqa: E402  # after the path
+
+PROMPTS, GENERATIONS, TOKENS, RANK = 8, 8, 64, 16
+PEER = "TRL + peft + bitsandbytes"
+QUESTION = "Write about the number {}, and do not stop."
+
+
+def different_tokens(answers: Any) -> list[float]:
+    """Our reward: the share of a completion's tokens that differ."""
+    return [len(set(answer.ids)) / len(answer.ids) for answer in answers]
+
+
+def rows() -> list[dict[str, str]]:
+    return [{"prompt": QUESTION.format(n), "completion": "-"} for n in range(10, 10 + 4 * PROMPTS)]
+
+
+def ours(folder: Path, forward: int, iterations: int) -> list[float]:
+    """Seconds of each iteration after the first."""
+    from trainers import grpo, rollout
+    from trainers.metrics import read_metrics
+
+    generate = rollout.generate
+    rollout.generate = lambda *prompts, **flags: generate(*prompts, **flags | {"stop_ids": ()})  # none may end
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    config = grpo.GRPOConfig(
+        data=str(data),
+        out=str(folder / "run"),
+        rewards=["benchmarks.bench_grpo:different_tokens"],
+        recipe="grpo",
+        beta=0.0,
+        r=RANK,
+        num_generations=GENERATIONS,
+        max_completion_length=TOKENS,
+        batch_size=forward,
+        accumulation=PROMPTS * GENERATIONS // forward,
+        max_steps=1 + iterations,
+        optimizer="adamw",
+        samples=0,
+    )
+    grpo.train(config, quiet=True)
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    shortest = min(line["completions/min_length"] for line in lines)
+    if shortest != TOKENS or any(line["frac_reward_zero_std"] for line in lines):
+        raise ValueError(f"every completion must have {TOKENS} tokens and every group spread, got {lines}")
+    clock = [line["seconds"] for line in lines]
+    return [after - before for before, after in pairwise(clock)]
+
+
+def peer(folder: Path, forward: int, iterations: int) -> list[float]:
+    """The same of TRL, from the same weights in folder/base."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    transformers.logging.set_verbosity_error()
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = str(folder / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=four_bits, device_map="cpu"
+    )
+    started: list[float] = []
+    ended: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            started.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ended.append(time.perf_counter())
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        if {len(ids) for ids in completion_ids} != {TOKENS}:
+            raise ValueError(f"every completion must have {TOKENS} tokens")
+        return [len(set(ids)) / len(ids) for ids in completion_ids]
+
+    arguments = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=forward,
+        gradient_accumulation_steps=PROMPTS * GENERATIONS // forward,
+        num_generations=GENERATIONS,
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        loss_type="grpo",
+        beta=0.0,
+        max_steps=1 + iterations,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1000,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(base),
+        peft_config=LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return [end - start for start, end in zip(started, ended, strict=True)][1:]
+
+
+def measure(who: str, folder: str, forward: int, iterations: int) -> dict[str, Any]:
+    """One arm, in this process."""
+    from trainers.metrics import peak_memory_bytes
+
+    seconds = (ours if who == "ours" else peer)(Path(folder), forward, iterations)
+    return {"seconds": seconds, "peak_process_bytes": peak_memory_bytes()}
+
+
+def in_a_process(who: str, base: Path, forward: int, iterations: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(base, Path(folder) / "base")
+        arm = json.dumps([who, folder, forward, iterations])
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, __file__, "--arm", arm], capture_output=True, text=True, check=False, env=environment
+        )
+    if done.returncode:
+        raise RuntimeError(f"{arm} ended with exit code {done.returncode}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(who: list[str], forward: int, rounds: int, iterations: int) -> list[dict[str, Any]]:
+    """A row for each arm: the median over all rounds, and ratios to the peer's where it ran."""
+    from models import load_model, load_tokenizer, save_model
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in who}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        save_model(load_model("smollm2-135m"), base, tokenizer=load_tokenizer("smollm2-135m"))
+        for _ in range(rounds):
+            for name in who:
+                found[name].append(in_a_process(name, base, forward, iterations))
+    rows = [summary(name, runs, forward) for name, runs in found.items()]
+    for row in rows:
+        theirs = next((other for other in rows if other["arm"] == PEER), None)
+        for ratio, column in (("time_ratio", "seconds"), ("memory_ratio", "peak_process_bytes")):
+            row[ratio] = round(row[column] / theirs[column], 3) if theirs else ""
+    return rows
+
+
+def summary(who: str, runs: list[dict[str, Any]], forward: int) -> dict[str, Any]:
+    seconds = sorted(s for run in runs for s in run["seconds"])
+    p20, p80 = (seconds[round(q * (len(seconds) - 1))] for q in (0.2, 0.8))
+    return {
+        "key": f"{who}/{forward}",
+        "arm": "qlora-anatomy" if who == "ours" else PEER,
+        "peer_versions": ", ".join(f"{name} {version(name)}" for name in ("trl", "peft", "bitsandbytes")),
+        "prompts": PROMPTS,
+        "generations": GENERATIONS,
+        "tokens": TOKENS,
+        "r": RANK,
+        "completions_a_forward": forward,
+        "seconds": round(statistics.median(seconds), 2),
+        "p20": round(p20, 2),
+        "p80": round(p80, 2),
+        "peak_process_bytes": int(statistics.median(run["peak_process_bytes"] for run in runs)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=("ours", "peer"), default=["ours", "peer"])
+    parser.add_argument("--forward", type=int, default=8, help="completions in one forward of training")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=1, help="timed iterations of each arm in each round")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(measure(*json.loads(args.arm))))
+        return
+    write_rows("grpo", compare(args.arms, args.forward, args.rounds, args.iterations), key="key")
+
+
+if __name__ == "__main__":
+    main()
