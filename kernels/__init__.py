@@ -9,6 +9,7 @@ from pathlib import Path
 from . import cpu as _cpu  # noqa: F401  # registers the C kernels
 from .dequantize import dequantize
 from .dispatch import captured_backend, describe_backends, use_backend
+from .grouped_lora_matmul import Projection, grouped_lora_matmul
 from .linear_cross_entropy import Head, linear_cross_entropy
 from .lora_matmul import LoRATerm, lora_matmul
 from .matmul import linear, matmul
@@ -20,9 +21,11 @@ if find_spec("triton") is not None:  # Linux only
 __all__ = [
     "Head",
     "LoRATerm",
+    "Projection",
     "captured_backend",
     "dequantize",
     "describe_backends",
+    "grouped_lora_matmul",
     "linear",
     "linear_cross_entropy",
     "lora_matmul",
