@@ -164,7 +164,7 @@ def base_weight(layer: nn.Module) -> Tensor | QuantizedTensor:
 def projection(layer: nn.Module) -> kernels.Projection:
     """What layer(x) multiplies x by now: for kernels that take several layers in one call."""
     if isinstance(layer, LoRALinear):
-        return kernels.Projection(base_weight(layer.base_layer), layer.terms(), layer.bias)
+        return kernels.Projection(base_weight(layer.base_layer), layer.terms(), layer.bias, layer.row_scale())
     return kernels.Projection(base_weight(layer), (), layer.bias)  # type: ignore[arg-type]
 
 

@@ -6,8 +6,8 @@ The layers run in one call where a kernel takes them all (kernels/decode.py), el
 """
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import kernels.decode
@@ -17,7 +17,7 @@ from lora.linear import projection
 from lora.saved_module import in_use
 
 from .attention import rope_scale, rope_tables
-from .decoder import Attention, Decoder, DecoderLayer
+from .decoder import Decoder
 from .kv_cache import KVCache
 
 Step = Callable[[Tensor, KVCache], Tensor]
@@ -48,27 +48,32 @@ def _in_4_bits(model: Decoder) -> bool:
     return all(isinstance(b, LinearNF4) and type(b.packed.data) is Tensor and b.packed.is_cpu for b in bases)
 
 
-def _matrices(layer: DecoderLayer) -> tuple[nn.Module, ...]:
+def _matrices(layer: Any) -> tuple[nn.Module, ...]:
     a, m = layer.self_attn, layer.mlp
     return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
 
 
 def _layers(model: Decoder) -> list[kernels.decode.Layer]:
+    layers: list[Any] = list(model.model.layers)
     return [
         kernels.decode.Layer(
             tuple(projection(in_use(matrix)) for matrix in _matrices(layer)),
-            (in_use(layer.input_layernorm).weight, in_use(layer.post_attention_layernorm).weight),
+            (_gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)),
             _head_norms(layer.self_attn),
             layer.self_attn.has_rope,
         )
-        for layer in model.model.layers
+        for layer in layers
     ]
 
 
-def _head_norms(attention: Attention) -> tuple[Tensor, Tensor] | None:
+def _head_norms(attention: Any) -> tuple[Tensor, Tensor] | None:
     if attention.q_norm is None or attention.k_norm is None:
         return None
-    return in_use(attention.q_norm).weight, in_use(attention.k_norm).weight
+    return _gain(attention.q_norm), _gain(attention.k_norm)
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    return in_use(norm).weight  # type: ignore[return-value]
 
 
 def _shape(model: Decoder) -> kernels.decode.Shape:

@@ -74,11 +74,11 @@ def generate(
     finally:
         model.train(training)
     ids, logps, counts = (t.tolist() for t in found)
-    return [
-        Completion(ids[r][: counts[r]], logps[r][: counts[r]], "stop" if ids[r][counts[r] - 1] in stop_ids else "length")
-        for group in rows
-        for r in group
-    ]
+    completions = []
+    for r in (row for group in rows for row in group):
+        own = ids[r][: counts[r]]
+        completions.append(Completion(own, logps[r][: counts[r]], "stop" if own[-1] in stop_ids else "length"))
+    return completions
 
 
 def _to_all(on_token: OnToken, rows: list[int]) -> OnToken:

@@ -11,7 +11,7 @@ from quant import QuantizedTensor
 
 from ..decode import DecodeStep, Entries, Layer, Shape
 from ..grouped_lora_matmul import Projection
-from .library import DTYPES, Weight, load, weight, why_missing, why_not, why_not_weight, workspace
+from .library import DTYPES, Weight, load, weight, why_missing, why_not_weight, workspace
 from .operations import GROUP, PRODUCT_DTYPES
 
 
@@ -90,8 +90,9 @@ class _Step:
         """The address of `tensor` in fp32, which is kept."""
         if tensor is None:
             return None
-        self.held.append(tensor.detach().float().contiguous())
-        return self.held[-1].data_ptr()
+        kept = tensor.detach().float().contiguous()
+        self.held.append(kept)
+        return kept.data_ptr()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, entries: Sequence[Entries]) -> None:
         H, Kv, Dh, eps, dtype = self.shape
