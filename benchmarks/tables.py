@@ -72,6 +72,14 @@ TABLES: dict[str, dict[str, Column]] = {
     },
     "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
+    "decode": {
+        "greedy decoding": plain("arm"),
+        "batch": plain("batch"),
+        "tokens/s": rounded("tokens_per_second"),
+        "speed ×": plain("ratio"),
+        "first token, ms": plain("prefill_ms"),
+        "equal completions": lambda row: f"{row['same']} of {row['batch']}",
+    },
     "packing": {
         "rows": plain("rows"),
         "batches": plain("arm"),

@@ -28,6 +28,8 @@ class ModelArgs:
     the adapter, else the model's own."""
     quantize: Literal["none", "nf4", "fp4"] = "none"
     """Hold the linear layers in 4 bits, as QLoRA training did."""
+    head: Literal["dense", "nf4", "fp4"] = "dense"
+    """Hold the output layer in 4 bits too: answers come faster, from rounded logits."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dense weights and activations."""
 
@@ -36,7 +38,8 @@ def load(args: ModelArgs) -> tuple[Decoder, Tokenizer]:
     """The model in eval mode, with its adapter, and its tokenizer. Raises ValueError for what cannot be loaded."""
     tokenizer, whose = with_chat(load_tokenizer(args.model), args.chat_template, args.adapter)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = load_model(args.model, dtype=dtype, quantize=None if args.quantize == "none" else args.quantize)
+    quantize, head = (None if form in ("none", "dense") else form for form in (args.quantize, args.head))
+    model = load_model(args.model, dtype=dtype, quantize=quantize, head=head)
     if args.adapter is not None:
         load_adapter(model, args.adapter)
     if whose:

@@ -12,6 +12,7 @@ from . import cpu as _cpu  # noqa: F401  # registers the C kernels
 from .dequantize import dequantize
 from .dispatch import captured_backend, describe_backends, use_backend
 from .divergence import TopK
+from .grouped_lora_matmul import Projection, grouped_lora_matmul
 from .linear_cross_entropy import Head, linear_cross_entropy
 from .linear_distill import linear_distill, linear_top_k
 from .lora_matmul import LoRATerm, lora_matmul
@@ -24,10 +25,12 @@ if find_spec("triton") is not None:  # Linux only
 __all__ = [
     "Head",
     "LoRATerm",
+    "Projection",
     "TopK",
     "captured_backend",
     "dequantize",
     "describe_backends",
+    "grouped_lora_matmul",
     "linear",
     "linear_cross_entropy",
     "linear_distill",

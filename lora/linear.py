@@ -161,6 +161,13 @@ def base_weight(layer: nn.Module) -> Tensor | QuantizedTensor:
     return layer.quantized if isinstance(layer, LinearNF4) else layer.weight  # type: ignore[return-value]
 
 
+def projection(layer: nn.Module) -> kernels.Projection:
+    """What layer(x) multiplies x by now: for kernels that take several layers in one call."""
+    if isinstance(layer, LoRALinear):
+        return kernels.Projection(base_weight(layer.base_layer), layer.terms(), layer.bias, layer.row_scale())
+    return kernels.Projection(base_weight(layer), (), layer.bias)  # type: ignore[arg-type]
+
+
 def trainable_copy(tensor: Tensor) -> nn.Parameter:
     """A parameter with the same values, in fp32 at least: in 16 bits, small steps would be lost."""
     return nn.Parameter(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True))

@@ -56,9 +56,10 @@ class LinearNF4(nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight, holding this module's tensors as they are now; the same object as long as they stay in place."""
-        now = {name: getattr(self, name) for name in self._names}
         if torch.compiler.is_compiling():  # addresses are no part of a graph
-            return self._frame.with_tensors({name: t.detach() for name, t in now.items()})
+            return self._frame.with_tensors({name: getattr(self, name).detach() for name in self._names})
+        parameters, buffers = self._parameters, self._buffers  # getattr would look in three places, for every token
+        now: dict[str, Any] = {name: parameters[name] if name in BYTES else buffers[name] for name in self._names}
         place = [t.data_ptr() for t in now.values()] if type(now["packed"]) is nn.Parameter else None
         if place is None or self._built is None or self._built[0] != place:
             self._built = place, self._frame.with_tensors({name: t.detach() for name, t in now.items()})

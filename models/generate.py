@@ -1,22 +1,29 @@
-"""generate: completions of prompts, greedy or sampled, with a KV cache.
+"""generate: completions of a batch of prompts, greedy or sampled, with a KV cache.
 
-    prefill   every prompt once, in one right-padded batch; the head sees the last position of each prompt only
+    prefill   every distinct prompt once, in one right-padded batch; the head sees the last position of each alone
     repeat    the cache's rows, num_generations times
-    decode    one token a row at a time; a row that is done leaves the batch, and its share of the cache with it
+    decode    one token a row at a time (decoding.py); a row that is done leaves the batch, and its share of the cache
 
 A prompt's completion does not depend on its company: padding is never attended to, and randomness belongs to the row
-(sampling.py). In fp32 the ids are equal alone and in a batch, but for a tie within rounding.
+(sampling.py). In fp32 the ids are equal alone and in a batch, but for a tie within rounding. What a step does for each
+row is done for all of them at once, in tensors.
+
+    P distinct prompts, G generations of each, R = P · G rows at first, V vocabulary
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .decoder import Decoder
+from .decoding import decoding_step
 from .kv_cache import KVCache
 from .sampling import row_key, sample
+
+OnToken = Callable[[int, int], None]
+"""(row, id)"""
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,6 @@ class Completion:
     """log-softmax(logits / temperature) of each id, before top-k and top-p; unscaled when temperature is 0"""
     finish_reason: str
     """stop | length"""
-
-
-@dataclass
-class _Row:
-    prompt: Sequence[int]
-    key: int
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     num_generations: int = 1,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Completion]:
     """num_generations completions of each prompt, prompt-major: row = prompt · num_generations + generation.
 
@@ -60,35 +59,84 @@ def generate(
     the context, or a setting outside its range.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, top_k, num_generations)
-    rows = [_Row(prompt, row_key(seed, prompt, g)) for prompt in prompts for g in range(num_generations)]
-    if not rows:
+    if not prompts:
         return []
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    number = {prompt: at for at, prompt in enumerate(distinct)}
+    G = num_generations
+    rows = [[number[tuple(prompt)] * G + g for g in range(G)] for prompt in prompts]  # equal prompts, equal answers
+    told = None if on_token is None else _to_all(on_token, [row for group in rows for row in group])
     training = model.training
     model.eval()
     try:
-        cache, logits = _prefill(model, prompts, max_new_tokens)
-        cache.repeat(num_generations)
-        logits = logits.repeat_interleave(num_generations, dim=0)
-        active = list(range(len(rows)))
-        while True:
-            tokens, logps = _choose(logits, [rows[i] for i in active], temperature, top_k, top_p)
-            staying = []
-            for at, (i, token, logp) in enumerate(zip(active, tokens, logps, strict=True)):
-                rows[i].ids.append(token)
-                rows[i].logps.append(logp)
-                if on_token is not None:
-                    on_token(i, token)
-                if token not in stop_ids and len(rows[i].ids) < max_new_tokens:
-                    staying.append(at)
-            if not staying:
-                break
-            cache.select(staying)
-            active = [active[at] for at in staying]
-            new = torch.tensor([[tokens[at]] for at in staying], device=model.device)
-            logits = model.logits(model(new, cache=cache, return_hidden=True)[:, -1])
+        choose = _Chooser(distinct, G, seed, temperature, top_k, top_p, model.device)
+        found = _decode(model, distinct, G, choose, max_new_tokens, sorted(stop_ids), told)
     finally:
         model.train(training)
-    return [Completion(row.ids, row.logps, "stop" if row.ids[-1] in stop_ids else "length") for row in rows]
+    ids, logps, counts = (t.tolist() for t in found)
+    completions = []
+    for r in (row for group in rows for row in group):
+        own = ids[r][: counts[r]]
+        completions.append(Completion(own, logps[r][: counts[r]], "stop" if own[-1] in stop_ids else "length"))
+    return completions
+
+
+def _to_all(on_token: OnToken, rows: list[int]) -> OnToken:
+    """on_token for each of the caller's rows; rows[i] says which of ours is row i."""
+    callers: dict[int, list[int]] = {}
+    for caller, row in enumerate(rows):
+        callers.setdefault(row, []).append(caller)
+
+    def tell(row: int, token: int) -> None:
+        for caller in callers[row]:
+            on_token(caller, token)
+
+    return tell
+
+
+def _decode(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    num_generations: int,
+    choose: "_Chooser",
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    on_token: OnToken | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids int64 and logps fp32 (R, max_new_tokens), and how many of them each row has (R,)."""
+    cache, logits = _prefill(model, prompts, max_new_tokens)
+    cache.repeat(num_generations)
+    logits = logits.repeat_interleave(num_generations, dim=0)
+    step, R, device = decoding_step(model), len(logits), model.device
+    ids = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
+    logps, counts = torch.zeros(R, max_new_tokens, device=device), torch.zeros(R, dtype=torch.int64, device=device)
+    active, stop = torch.arange(R, device=device), torch.tensor(stop_ids, dtype=torch.int64, device=device)
+    for n in range(max_new_tokens):
+        tokens, chosen = choose(logits, active, n)
+        ids[active, n], logps[active, n], counts[active] = tokens, chosen, n + 1
+        if on_token is not None:
+            for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
+                on_token(row, token)
+        if n + 1 == max_new_tokens:
+            break
+        done = torch.isin(tokens, stop)
+        if done.any():
+            staying = _closed_ranks(done)
+            active, tokens = active[staying], tokens[staying]
+            if not len(active):
+                break
+            cache.select(staying.tolist())
+        logits = model.logits(step(tokens, cache))
+    return ids, logps, counts
+
+
+def _closed_ranks(done: Tensor) -> Tensor:
+    """Who stays, each in its place or, from the end, in that of one who leaves: bool (R,) → rows int64 (staying,)."""
+    staying = (~done).nonzero()[:, 0]
+    n = len(staying)
+    order = torch.arange(n, device=done.device)
+    order[done[:n]] = staying[staying >= n]
+    return order
 
 
 def _prefill(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[KVCache, Tensor]:
@@ -106,17 +154,32 @@ def _prefill(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: i
     return cache, model.logits(hidden[torch.arange(len(prompts), device=device), last])
 
 
-def _choose(
-    logits: Tensor, rows: list[_Row], temperature: float, top_k: int, top_p: float
-) -> tuple[list[int], list[float]]:
-    """The next token of every row, and its log-probability. logits fp32 (R, V)."""
-    if temperature:
-        logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature  # no overflow, however small it is
-    logps = torch.log_softmax(logits, dim=1)
-    keys = torch.tensor([row.key for row in rows], device=logits.device)
-    positions = torch.tensor([len(row.prompt) + len(row.ids) for row in rows], device=logits.device)
-    tokens = sample(logps, keys, positions, temperature=temperature, top_k=top_k, top_p=top_p)
-    return tokens.tolist(), logps.gather(1, tokens[:, None])[:, 0].tolist()
+class _Chooser:
+    """Chooses the next token of the rows that are still open: (logits fp32 (R, V), rows (R,), tokens so far)."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        seed: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        device: torch.device,
+    ) -> None:
+        rows = [(prompt, g) for prompt in prompts for g in range(num_generations)]
+        self.keys = torch.tensor([row_key(seed, prompt, g) for prompt, g in rows], device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def __call__(self, logits: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Tokens (R,) and their log-probabilities (R,)."""
+        if self.temperature:
+            logits = (logits - logits.amax(dim=1, keepdim=True)) / self.temperature  # no overflow, however small it is
+        logps = torch.log_softmax(logits, dim=1)
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        tokens = sample(logps, self.keys[rows], self.lengths[rows] + n, **options)  # type: ignore[arg-type]
+        return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
 def _check(

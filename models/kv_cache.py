@@ -16,6 +16,8 @@ Rows fill each to its own length: right padding is not kept. Left out: entries s
 import torch
 from torch import Tensor
 
+from kernels.decode import Entries
+
 from .attention import allowed_pairs
 from .config import DecoderConfig
 
@@ -48,6 +50,18 @@ class Ring:
         self.filled = min(longest + T, self.size)
         if self.old is None:
             self.attended = (self.positions[:, : self.filled], self.segments[:, : self.filled])
+
+    def append(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Room for one more token of every row, at positions (B,): its slot, and how many slots are filled with it.
+
+        For rows of one document, whose entries are all attended to, in whatever order they lie.
+        """
+        slots, counts = positions % self.size, (positions + 1).clamp(max=self.size)
+        rows = torch.arange(len(slots), device=slots.device)
+        self.positions[rows, slots] = positions
+        self.segments[rows, slots] = self.segments[:, 0].clone()
+        self.filled = min(longest, self.size)
+        return slots, counts
 
     def _places(self, T: int, lengths: list[int], new_lengths: list[int]) -> slice | tuple[Tensor, Tensor, Tensor]:
         """One stretch of slots where all rows agree, else (row, column, slot) of every token that is kept."""
@@ -109,14 +123,16 @@ class KVCache:
         # zeros, since a masked entry still meets its value in 0 · v, and what lies in empty memory may be NaN
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = [0] * batch_size
+        self._lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.used = 0
+        """tokens that the longest row has seen"""
         self.one_document = True
         """Every row is one document at positions 0, 1, 2, …: then entries of a full row need no mask."""
 
     @property
-    def used(self) -> int:
-        """Tokens that the longest row has seen."""
-        return max(self.lengths, default=0)
+    def lengths(self) -> list[int]:
+        """Tokens that each row has seen."""
+        return self._lengths.tolist()
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +143,7 @@ class KVCache:
         """position_ids and segment_ids of T more tokens of every row's last document: int64 (B, T) each."""
         ring = next(iter(self.rings.values()))
         device = ring.positions.device
-        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        lengths = self._lengths.to(device)[:, None]
         last = (lengths - 1).clamp(min=0) % ring.size
         positions = torch.where(lengths > 0, ring.positions.gather(1, last) + 1, 0)
         segments = torch.where(lengths > 0, ring.segments.gather(1, last), 1)
@@ -139,15 +155,30 @@ class KVCache:
         Called once a forward, before the layers write. one_document: whether these tokens continue each row's only
         document. Raises ValueError when a row would hold more than the capacity.
         """
-        T = position_ids.shape[1]
-        position_ids = position_ids.expand(len(self.lengths), -1)
+        self._check_room(position_ids.shape[1])
+        position_ids = position_ids.expand(len(new_lengths), -1)
+        for ring in self.rings.values():
+            ring.extend(position_ids, segment_ids, self.lengths, new_lengths)
+        self._lengths = self._lengths + torch.tensor(new_lengths)
+        self.used = max(self.lengths, default=0)
+        self.one_document = self.one_document and one_document
+
+    def _check_room(self, T: int) -> None:
         bounded = any(ring.window is None or ring.size < ring.window for ring in self.rings.values())
         if bounded and self.used + T > self.capacity:
             raise ValueError(f"the cache has room for {self.capacity} tokens a row, got {self.used} + {T}")
-        for ring in self.rings.values():
-            ring.extend(position_ids, segment_ids, self.lengths, new_lengths)
-        self.lengths = [old + new for old, new in zip(self.lengths, new_lengths, strict=True)]
-        self.one_document = self.one_document and one_document
+
+    def next_entries(self) -> tuple[Tensor, list[Entries]]:
+        """Room for one more token of each row's only document: its position, int64 (B,), and its entry in each layer.
+
+        The layers write the keys and values themselves. Raises ValueError as `extend`.
+        """
+        self._check_room(1)
+        positions, device = self._lengths, self.keys[0].device
+        places = {window: ring.append(positions.to(device), self.used + 1) for window, ring in self.rings.items()}
+        self._lengths, self.used = positions + 1, self.used + 1
+        layers = zip(self.keys, self.values, self.windows, strict=True)
+        return positions.to(device), [Entries(keys, values, *places[window]) for keys, values, window in layers]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v (B, T, Kv, Dh) of a layer; returns what they attend to, (B, Kv, S, Dh) each."""
@@ -173,17 +204,37 @@ class KVCache:
         self.select(rows)
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
-        if rows == list(range(len(self.lengths))):
-            return
-        ring = next(iter(self.rings.values()))
-        index = torch.tensor(rows, dtype=torch.int64, device=ring.positions.device)
+        """Keep these rows, in this order; a row may be named several times.
+
+        Where each row either keeps its place or takes that of one that leaves, nothing else is copied.
+        """
+        n, before = len(rows), len(self._lengths)
+        moved = [(row, place) for place, row in enumerate(rows) if row != place]
+        if n <= before and all(row >= n for row, _ in moved):
+            self._move([row for row, _ in moved], [place for _, place in moved], n)
+        else:
+            self._gather(rows)
+        index = torch.tensor(rows, dtype=torch.int64)
+        self._lengths = self._lengths[index]
+        self.used = max(self.lengths, default=0)
+        for ring in self.rings.values():
+            here = index.to(ring.positions.device)
+            ring.positions, ring.segments = ring.positions[here], ring.segments[here]
+
+    def _move(self, rows: list[int], places: list[int], n: int) -> None:
+        """Rows n and up into the places of rows that leave; n rows stay."""
+        for stored in (self.keys, self.values):
+            for layer, old in enumerate(stored):
+                filled = self.rings[self.windows[layer]].filled
+                if rows:
+                    old[places, :, :filled] = old[rows, :, :filled]
+                stored[layer] = old[:n]
+
+    def _gather(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, dtype=torch.int64, device=self.keys[0].device)
         for stored in (self.keys, self.values):
             for layer, old in enumerate(stored):  # one layer at a time bounds the copy
                 filled = self.rings[self.windows[layer]].filled
                 new = torch.zeros(len(rows), *old.shape[1:], dtype=old.dtype, device=old.device)
                 new[:, :, :filled] = old[:, :, :filled].index_select(0, index)
                 stored[layer] = new
-        for ring in self.rings.values():
-            ring.positions, ring.segments = ring.positions[index], ring.segments[index]
-        self.lengths = [self.lengths[row] for row in rows]

@@ -66,18 +66,21 @@ def load_model(
     quantize: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
+    head: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """A Decoder in eval mode from a Hugging Face folder, a .gguf file, a hub id or a built-in name (smollm2-135m).
 
     dtype: of every dense parameter, and of what 4-bit weights dequantize to; None keeps the checkpoint's (fp32 for a
-    GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head.
+    GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head. head: the same for
+    lm_head, the half of what decoding a token reads in a small model; None leaves it dense, and tied where it was. One
+    in 4 bits is a copy: embeddings stay dense.
     A folder that is in bitsandbytes' 4 bits already is taken as it is: its codes, its block sizes, its dense layers.
     Raises ValueError, in one line naming the file and the tensor, when the source is missing, damaged, not supported,
     or does not fit its config, when it is in 4 bits of another type than `quantize`, and when a weight is NaN or
     infinite.
     """
-    _check_options(dtype, quantize, blocksize)
+    _check_options(dtype, quantize, head, blocksize)
     path = locate(source)
     checkpoint: Checkpoint = SafetensorsFolder(path) if path.is_dir() else GGUFCheckpoint(path)
     dtype = dtype or _supported(checkpoint.dtype, f"{path}: ")
@@ -103,6 +106,9 @@ def load_model(
         for leaf, _ in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, f"{name}.{leaf}", dtype, device)))
     model.tie_weights()
+    if head is not None and isinstance(model.lm_head, nn.Linear):
+        options = {"quant_type": head, "blocksize": blocksize, "double_quant": double_quant}
+        replace_module(model, HEAD, LinearNF4.from_weight(model.lm_head.weight.detach(), **options))  # type: ignore[arg-type]
     return model.eval()
 
 
@@ -125,11 +131,12 @@ def load_weight(source: str | Path, layer: str) -> tuple[str, Tensor | Quantized
     return found[0], _read_dense(checkpoint, weight, torch.float32, "cpu")
 
 
-def _check_options(dtype: torch.dtype | None, quantize: str | None, blocksize: int) -> None:
+def _check_options(dtype: torch.dtype | None, quantize: str | None, head: str | None, blocksize: int) -> None:
     if dtype is not None:
         _supported(dtype)
-    if quantize not in (None, *QUANT_TYPES):
-        raise ValueError(f"quantize must be None, {' or '.join(QUANT_TYPES)}, got {quantize!r}")
+    for name, value in (("quantize", quantize), ("head", head)):
+        if value not in (None, *QUANT_TYPES):
+            raise ValueError(f"{name} must be None, {' or '.join(QUANT_TYPES)}, got {value!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
 

@@ -31,11 +31,13 @@ def model() -> Decoder:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("kind", ["dense", "qlora"])
+@pytest.mark.parametrize("kind", ["dense", "qlora", "one call"])
 def test_a_prompt_gets_the_same_completion_alone_and_in_any_batch(
     settings: dict[str, Any], kind: str, model: Decoder
 ) -> None:
-    if kind == "qlora":
+    if kind == "one call":
+        model = small_decoder(hidden_size=64, intermediate_size=96, num_attention_heads=16)
+    if kind != "dense":
         add_adapter(quantize_model(model), LoRAConfig(r=4))  # type: ignore[arg-type]
     options = {"max_new_tokens": 30, "stop_ids": (7, 8), "seed": 11, "num_generations": 3, **settings}
     together = generate(model, PROMPTS, **options)
@@ -176,6 +178,22 @@ def test_tokens_stream_in_order_with_their_row(model: Decoder) -> None:
     completions = generate(
         model, PROMPTS, on_token=lambda row, token: streamed.setdefault(row, []).append(token), **options
     )
+    assert streamed == {row: completion.ids for row, completion in enumerate(completions)}
+
+
+def test_equal_prompts_are_computed_once_and_all_told(model: Decoder) -> None:
+    streamed: dict[int, list[int]] = {}
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[0]))
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0, "num_generations": 2}
+    again = [PROMPTS[0], PROMPTS[2], tuple(PROMPTS[0])]
+    completions = generate(
+        model, again, on_token=lambda row, token: streamed.setdefault(row, []).append(token), **options
+    )
+    assert widths == [2, 4, 4, 4, 4]
+    assert completions[:4] == generate(model, PROMPTS[::2], **options)
+    assert completions[4:] == completions[:2]
+    assert completions[4].ids is not completions[0].ids
     assert streamed == {row: completion.ids for row, completion in enumerate(completions)}
 
 

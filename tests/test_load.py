@@ -214,6 +214,22 @@ def test_loading_in_4_bits_gives_the_codes_of_the_dense_weight(
     assert generate(loaded, [[1, 2]], max_new_tokens=3)[0].finish_reason == "length"
 
 
+def test_a_head_in_4_bits_is_a_copy_and_the_embeddings_stay(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = small_decoder(tie_word_embeddings=tied)
+        save_model(model, tmp_path / "m")
+        loaded = load_model(tmp_path / "m", quantize="nf4", head="fp4", blocksize=32, double_quant=False)
+        wanted = quant.quantize(model.lm_head.weight.detach(), quant_type="fp4", blocksize=32, double_quant=False)
+        assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+        hidden = torch.randn(3, model.config.hidden_size)
+        found, plain = loaded.logits(hidden), hidden @ quant.dequantize(wanted).T
+        assert (found - plain).abs().max() <= 100 * torch.finfo(torch.float32).eps * plain.abs().max()
+        assert generate(loaded, [[1, 2]], max_new_tokens=3)[0].finish_reason == "length"
+        save_model(load_model(tmp_path / "m", quantize="nf4", head="nf4"), tmp_path / "again")
+        again = load_model(tmp_path / "again")
+        assert isinstance(again.lm_head, LinearNF4)
+
+
 MEASURE = """
 import json, sys, threading, time
 import torch
@@ -303,6 +319,7 @@ def test_loading_in_4_bits_adds_the_model_and_little_more(folder: Path, tmp_path
     ("options", "message"),
     [
         ({"quantize": "int8"}, "quantize must be None, nf4 or fp4, got 'int8'"),
+        ({"head": "bf16"}, "head must be None, nf4 or fp4, got 'bf16'"),
         ({"quantize": "nf4", "blocksize": 100}, "blocksize must be one of 32, 64, .* got 100"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got float64"),
         ({"dtype": torch.int8}, "got int8"),

@@ -8,10 +8,12 @@
     product.h        what a product takes, and its workspace
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
+    decode.h         all layers of a decoder for one new token a row
     build.py         compiles them into a cache
     library.py       calls them
     operations.py    registers them as backend "cpu"
     adamw.py         registers the optimizer's step
+    decode.py        calls decode.h
     lora.py          base and low-rank terms in one product
 
 Importing this registers the backend. Nothing is compiled before the first call.

@@ -22,3 +22,5 @@ void FOR_ISA(matmul)(const product *p) {
 void FOR_ISA(matmul_dx)(const product *p) {
     for (int64_t row = 0; row < p->M; row += ROWS) sweep(p, row, smaller(ROWS, p->M - row), 1);
 }
+
+#include "decode.h" /* calls the products above */

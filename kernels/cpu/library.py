@@ -66,6 +66,8 @@ class Library:
             "workspace_floats": (c_int64, [n, n, n, n, i]),
             "matmul": (None, [POINTER(Product)]),
             "matmul_dx": (None, [POINTER(Product)]),
+            "decode_floats": (c_int64, [p, p, n]),
+            "decode": (None, [p, p, n]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(loaded, f"{name}_{isa}")
@@ -80,6 +82,8 @@ class Library:
     workspace_floats: "ctypes._NamedFuncPointer"
     matmul: "ctypes._NamedFuncPointer"
     matmul_dx: "ctypes._NamedFuncPointer"
+    decode_floats: "ctypes._NamedFuncPointer"
+    decode: "ctypes._NamedFuncPointer"
 
 
 @lru_cache

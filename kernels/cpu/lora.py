@@ -11,12 +11,14 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from ..dispatch import register
+from ..grouped_lora_matmul import grouped_lora_matmul_reference
 from ..linear_cross_entropy import linear_cross_entropy_reference
 from ..lora_matmul import LoRATerm, Products, composed, lora_matmul_reference
 from .operations import matmul_cpu, matmul_dx_cpu, why_not_product
 
 # Its logits come from lora_matmul, a chunk at a time: what is to be fast in it is there.
 register("linear_cross_entropy", "cpu")(linear_cross_entropy_reference)
+register("grouped_lora_matmul", "cpu")(grouped_lora_matmul_reference)
 
 PRODUCTS = Products(matmul_cpu, matmul_dx_cpu)
 register("lora_product", "cpu", unless=why_not_product)(matmul_cpu)

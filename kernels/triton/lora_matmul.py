@@ -5,7 +5,7 @@
 
 kernels/lora_matmul.py states the mathematics and says what low and up are: all adapters side by side along the rank, so
 that their number does not change the kernel. Equals its reference within the accuracy of x.dtype. A dense base is the
-reference's.
+reference's. A group of projections is composed of the single ones.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,15 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from ..dispatch import register
+from ..grouped_lora_matmul import grouped_lora_matmul_reference
 from ..lora_matmul import LoRATerm, Products, composed, lora_matmul_reference
 from .launch import check_device
 from .matmul import backward, forward
 
 PRODUCTS = Products(forward, backward)
 register("lora_product", "triton")(forward)
+
+register("grouped_lora_matmul", "triton")(grouped_lora_matmul_reference)
 
 
 @register("lora_matmul", "triton")

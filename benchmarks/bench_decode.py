@@ -1,0 +1,189 @@
+"""Greedy decoding of SmolLM2-135M in NF4: ours beside transformers + bitsandbytes, at several batch sizes.
+
+    prompts of 40 tokens (the demo's task), 64 new tokens each, no stop token, fp32 activations
+
+Arms take turns in one process. Before any time counts, the logits after the prompts must agree with the peer's; `same`
+then says how many of our completions are the peer's to the last id. Columns of the CSV:
+
+    tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
+    prefill_ms          from the call to the first tokens
+    ratio               our tokens_per_second over the peer's in the same round, median
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # after the path, as the repository's packages below
+
+from benchmarks.results import write_rows
+from data.chat import question
+from data.encode import encode_prompt
+from data.tasks import make_split
+from kernels import describe_backends
+from lora import LoRAConfig, add_adapter, merge_adapter
+from models import Decoder, generate, load_model, load_tokenizer, save_model
+
+MODEL, PROMPT, RANK = "smollm2-135m", 40, 16
+PEER = "transformers + bitsandbytes"
+Ids = list[list[int]]
+Run = Callable[[Ids, int], tuple[Ids, list[float]]]
+"""(prompts, new tokens) → completions, and the time at which each token of the first row came"""
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--batches", default="1,8,32")
+    flags.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--no-peer", action="store_true", help="leave transformers and bitsandbytes out")
+    args = flags.parse_args()
+    arms = ours()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        models: dict[str, Run] = {name: our_run(model) for name, model in arms.items()}
+        if not args.no_peer:
+            model = peer(folder)
+            gate(arms["ours"], model)
+            models = {PEER: peer_run(model)} | models
+        rows = []
+        for batch in map(int, args.batches.split(",")):
+            rows += compare(models, prompts(batch), args.tokens, args.rounds)
+    write_rows("decode", rows, key="key")
+
+
+def prompts(batch: int) -> Ids:
+    """The first 40 tokens of the demo's task, `batch` messages of it."""
+    tokenizer = load_tokenizer(MODEL)
+    rows = make_split("train", 4 * batch, seed=0)
+    encoded = [encode_prompt(tokenizer, [question(row["instruction"], row["input"])]) for row in rows]
+    distinct = {tuple(ids[-PROMPT:]): None for ids in encoded if len(ids) >= PROMPT}
+    return [list(ids) for ids in distinct][:batch]
+
+
+def ours() -> dict[str, Decoder]:
+    def loaded(head: str | None = None) -> Decoder:
+        return load_model(MODEL, dtype=torch.float32, quantize="nf4", head=head)
+
+    def adapted(seed: int = 0) -> Decoder:
+        model = loaded("nf4")
+        torch.manual_seed(seed)
+        add_adapter(model, LoRAConfig(r=RANK))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        return model
+
+    merged = adapted()
+    merge_adapter(merged, into="nf4")
+    return {
+        "ours": loaded(),
+        "ours, head in NF4": loaded("nf4"),
+        "ours, head in NF4, adapter": adapted(),
+        "ours, head in NF4, adapter merged": merged,
+    }
+
+
+def peer(folder: str) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    save_model(load_model(MODEL, dtype=torch.float32), f"{folder}/base")
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        f"{folder}/base", dtype=torch.float32, quantization_config=four_bits, device_map="cpu"
+    )
+    model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+    return model.eval()
+
+
+def our_run(model: Decoder) -> Run:
+    def run(prompts: Ids, n: int) -> tuple[Ids, list[float]]:
+        times: list[float] = []
+        told = lambda row, _: times.append(time.perf_counter()) if row == 0 else None  # noqa: E731
+        completions = generate(model, prompts, max_new_tokens=n, on_token=told)
+        return [completion.ids for completion in completions], times
+
+    return run
+
+
+def peer_run(model: Any) -> Run:
+    def run(prompts: Ids, n: int) -> tuple[Ids, list[float]]:
+        times: list[float] = []
+
+        def told(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        ids = torch.tensor(prompts)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, stopping_criteria=[told])
+        return out[:, ids.shape[1] :].tolist(), times
+
+    return run
+
+
+def gate(model: Decoder, theirs: Any) -> None:
+    """Raises ValueError unless the logits agree, within 1e-3 of their scale: both compute in fp32."""
+    ids = torch.tensor(prompts(4))
+    found, wanted = model(ids), theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    if not error <= 1e-3:
+        raise ValueError(f"our logits differ from the peer's by {error:.1e} of their scale")
+
+
+def compare(arms: dict[str, Run], prompts: Ids, n: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each arm at one batch size."""
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    prefills: dict[str, list[float]] = {name: [] for name in arms}
+    completions: dict[str, Ids] = {}
+    for run in arms.values():
+        run(prompts, 3)  # warm up
+    for _ in range(rounds):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            completions[name], times = run(prompts, n)
+            speeds[name].append(len(prompts) * (len(times) - 1) / (times[-1] - times[0]))
+            prefills[name].append(1e3 * (times[0] - start))
+    rows = []
+    for name, taken in speeds.items():
+        base = speeds.get(PEER)
+        fifths = statistics.quantiles(taken, n=5, method="inclusive") if rounds > 1 else taken
+        wanted = completions.get(PEER, [[]] * len(prompts))
+        rows.append(
+            {
+                "key": f"{len(prompts)}/{name}",
+                "arm": name,
+                "peer_versions": ", ".join(f"{p} {version(p)}" for p in ("transformers", "bitsandbytes"))
+                if base
+                else "",
+                "backend": describe_backends()["cpu"].partition(":")[0],
+                "batch": len(prompts),
+                "prompt_tokens": PROMPT,
+                "new_tokens": n,
+                "tokens_per_second": f"{statistics.median(taken):.1f}",
+                "p20": f"{fifths[0]:.1f}",
+                "p80": f"{fifths[-1]:.1f}",
+                "prefill_ms": f"{statistics.median(prefills[name]):.0f}",
+                "rounds": rounds,
+                "ratio": f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}" if base else "",
+                "same": sum(a == b for a, b in zip(completions[name], wanted, strict=True)),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

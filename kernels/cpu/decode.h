@@ -1,0 +1,232 @@
+/* decode.h: every layer of a decoder for one new token a row, in one call. Included by kernels.c alone.
+
+   What models/decoder.py says in a dozen calls a layer, with nothing in between: at one row a call from Python costs as
+   much as its work. R rows, D hidden size, H heads, Kv key-value heads, Dh head size, r rank. Activations are fp32; the
+   residual stream x and the cache are of the model's dtype, rounded when they are written.
+
+     h = RMSNorm(x);  q, k, v = h · Ŵᵀ;  rope;  k and v go into the cache;  x += (attention of q over the row) · Ŵoᵀ
+     h = RMSNorm(x);  x += (silu(h · Ŵgateᵀ) ⊙ (h · Ŵupᵀ)) · Ŵdownᵀ
+
+   A row's numbers come from that row alone, each summed by one thread in one order. */
+
+typedef struct {
+    const weight *q;
+    int64_t N, K, r;
+    const float *bias, *down, *up; /* (N,) or NULL; all adapters side by side: A (r, K), scaling · B (N, r) */
+} projection;
+
+/* decode.py holds the fields of these two in the same order. */
+typedef struct {
+    projection q, k, v, o, gate, up, down;
+    const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two (Dh,), or NULL */
+    void *keys, *values;                                   /* (rows, Kv, size, Dh) */
+    const int64_t *slots, *counts; /* (R,): where the new entry goes; entries 0 … counts - 1 are attended to */
+    int64_t size, rope;
+} decoder_layer;
+
+typedef struct {
+    int64_t R, D, H, Kv, Dh, inner, longest;
+    float eps;
+    int dtype, threads;
+    void *x;               /* (R, D), in and out */
+    const float *cos, *sin; /* (R, Dh/2) */
+    float *workspace;
+} decode_step;
+
+INLINE vec load_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
+}
+INLINE float number_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
+}
+
+/* = 2^n · e^t with |t| ≤ ln 2 / 2, the second by its Taylor series. */
+INLINE vec exp_(vec x) {
+    const vec magic = every(12582912.0f); /* 1.5 · 2^23: adding it rounds to an integer, in the lowest bits */
+    x = choose(x < every(-87.0f), every(-87.0f), x);
+    x = choose(x > every(88.0f), every(88.0f), x);
+    vec shifted = fma_(x, every(1.44269504f), magic), n = shifted - magic;
+    vec t = fma_(n, every(-0.693359375f), x);
+    t = fma_(n, every(2.12194440e-4f), t);
+    vec y = every(1.0f / 5040);
+    y = fma_(y, t, every(1.0f / 720));
+    y = fma_(y, t, every(1.0f / 120));
+    y = fma_(y, t, every(1.0f / 24));
+    y = fma_(y, t, every(1.0f / 6));
+    y = fma_(y, t, every(0.5f));
+    y = fma_(y, t, every(1.0f));
+    y = fma_(y, t, every(1.0f));
+    ivec power = ((ivec)shifted - (ivec)magic + 127) << 23;
+    return y * (vec)power;
+}
+
+static void norm_row(float *row, int64_t n, const float *gain, float eps) {
+    float rho = 1 / sqrtf(dot(row, row, n) / (float)n + eps);
+    for (int64_t i = 0; i < n; i++) row[i] = row[i] * rho * gain[i];
+}
+
+static void norm_rows(const decode_step *s, const float *gain, float *h) {
+    read_row(s->x, s->dtype, 0, s->R * s->D, h);
+    for (int64_t row = 0; row < s->R; row++) norm_row(h + row * s->D, s->D, gain, s->eps);
+}
+
+/* y (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias. */
+static void linear_rows(const decode_step *s, const projection *p, const float *x, float *y, float *low, float *rest) {
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R * p->r > 64)
+    for (int64_t i = 0; i < s->R * p->r; i++) low[i] = dot(x + i / p->r * p->K, p->down + i % p->r * p->K, p->K);
+    const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads};
+    FOR_ISA(matmul)(&single);
+}
+
+static void add_rows(const decode_step *s, const float *y) {
+    float row[512];
+    for (int64_t at = 0; at < s->R * s->D; at += 512) {
+        int64_t n = smaller(512, s->R * s->D - at);
+        read_row(s->x, s->dtype, at, n, row);
+        for (int64_t i = 0; i < n; i++) row[i] += y[at + i];
+        write_row(row, n, s->x, s->dtype, at);
+    }
+}
+
+/* One head: normed if gain, turned if cos (a pair is i and i + Dh/2). */
+static void turn_head(float *head, int64_t Dh, const float *gain, float eps, const float *cos, const float *sin) {
+    int64_t half = Dh / 2;
+    if (gain) norm_row(head, Dh, gain, eps);
+    if (!cos) return;
+    for (int64_t i = 0; i < half; i++) {
+        float first = head[i], second = head[i + half];
+        head[i] = first * cos[i] - second * sin[i];
+        head[i + half] = second * cos[i] + first * sin[i];
+    }
+}
+
+INLINE float dot_as(const float *q, const void *keys, int dtype, int64_t at, int64_t Dh) {
+    vec sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= Dh; i += LANES) sums = fma_(load(q + i), load_as(keys, dtype, at + i), sums);
+    float part[LANES];
+    store(part, sums);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) part[j] += part[j + width];
+    for (; i < Dh; i++) part[0] += q[i] * number_as(keys, dtype, at + i);
+    return part[0];
+}
+
+/* scores → e^(score - largest), returned is their sum. scores has room for a multiple of LANES. */
+static float softmax_row(float *scores, int64_t n) {
+    float largest = scores[0], total = 0;
+    for (int64_t i = 1; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+    for (int64_t i = n; i % LANES; i++) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < n; i += LANES) store(scores + i, exp_(load(scores + i) - every(largest)));
+    for (int64_t i = 0; i < n; i++) total += scores[i];
+    return total;
+}
+
+/* out[j] = Σ_s p[s] · values[s][j] / total, for `vecs` vectors of j at once. */
+INLINE void mix(const float *p, const void *values, int dtype, int64_t at, int64_t n, int64_t Dh, float total,
+                float *out, const int vecs) {
+    vec sums[4];
+    for (int v = 0; v < vecs; v++) sums[v] = (vec){0};
+    for (int64_t s = 0; s < n; s++, at += Dh)
+        for (int v = 0; v < vecs; v++) sums[v] = fma_(every(p[s]), load_as(values, dtype, at + v * LANES), sums[v]);
+    for (int v = 0; v < vecs; v++) store(out + v * LANES, sums[v] / every(total));
+}
+
+/* One query over n entries, which start at element `at` of keys and values. */
+INLINE void attend(const float *q, const void *keys, const void *values, int dtype, int64_t at, int64_t n, int64_t Dh,
+                   float *scores, float *out) {
+    float scale = 1 / sqrtf((float)Dh);
+    for (int64_t s = 0; s < n; s++) scores[s] = dot_as(q, keys, dtype, at + s * Dh, Dh) * scale;
+    float total = softmax_row(scores, n);
+    int64_t j = 0;
+    for (; j + 4 * LANES <= Dh; j += 4 * LANES) mix(scores, values, dtype, at + j, n, Dh, total, out + j, 4);
+    for (; j + LANES <= Dh; j += LANES) mix(scores, values, dtype, at + j, n, Dh, total, out + j, 1);
+    for (; j < Dh; j++) {
+        float sum = 0;
+        for (int64_t s = 0; s < n; s++) sum += scores[s] * number_as(values, dtype, at + s * Dh + j);
+        out[j] = sum / total;
+    }
+}
+
+/* A row's key-value head and the queries that share it. */
+static void attention_task(const decode_step *s, const decoder_layer *l, int64_t row, int64_t head, float *q, float *k,
+                           const float *v, float *scores, float *y) {
+    const int64_t Dh = s->Dh, group = s->H / s->Kv, entries = (row * s->Kv + head) * l->size * Dh;
+    const float *cos = l->rope ? s->cos + row * (Dh / 2) : NULL, *sin = l->rope ? s->sin + row * (Dh / 2) : NULL;
+    const int64_t slot = entries + l->slots[row] * Dh;
+    turn_head(k, Dh, l->k_norm, s->eps, cos, sin);
+    write_row(k, Dh, l->keys, s->dtype, slot);
+    write_row(v, Dh, l->values, s->dtype, slot);
+    for (int64_t j = 0; j < group; j++, q += Dh, y += Dh) {
+        turn_head(q, Dh, l->q_norm, s->eps, cos, sin);
+        if (s->dtype == FP32)
+            attend(q, l->keys, l->values, FP32, entries, l->counts[row], Dh, scores, y);
+        else
+            attend(q, l->keys, l->values, BF16, entries, l->counts[row], Dh, scores, y);
+    }
+}
+
+static void attention_rows(const decode_step *s, const decoder_layer *l, float *q, float *k, const float *v,
+                           float *scores, int64_t score_step, float *y) {
+    const int64_t Dh = s->Dh, group = s->H / s->Kv;
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int64_t task = 0; task < s->R * s->Kv; task++) {
+        int64_t own = task * group * Dh; /* (R, Kv, group, Dh): heads of a group lie side by side */
+        attention_task(s, l, task / s->Kv, task % s->Kv, q + own, k + task * Dh, v + task * Dh,
+                       scores + THREAD * score_step, y + own);
+    }
+}
+
+static void swiglu_rows(const decode_step *s, float *gate, const float *up) {
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R > 2)
+    for (int64_t row = 0; row < s->R; row++) {
+        float *a = gate + row * s->inner;
+        const float *b = up + row * s->inner;
+        int64_t i = 0;
+        for (; i + LANES <= s->inner; i += LANES) {
+            vec x = load(a + i);
+            store(a + i, x / (exp_(-x) + every(1.0f)) * load(b + i));
+        }
+        for (; i < s->inner; i++) a[i] = a[i] / (1 + expf(-a[i])) * b[i];
+    }
+}
+
+INLINE int64_t score_floats(const decode_step *s) { return (s->longest + LANES - 1) / LANES * LANES + LANES; }
+
+/* Floats of one step's workspace; a product's own comes last. */
+int64_t FOR_ISA(decode_floats)(const decode_step *s, const decoder_layer *layers, int64_t n_layers) {
+    int64_t heads = (s->H + 2 * s->Kv) * s->Dh, widest = heads > 2 * s->inner ? heads : 2 * s->inner;
+    int64_t attended = s->H * s->Dh, rank = 0, largest = 0;
+    for (const decoder_layer *l = layers; l < layers + n_layers; l++)
+        for (const projection *p = &l->q; p <= &l->down; p++) {
+            int64_t floats = FOR_ISA(workspace_floats)(s->R, p->N, p->K, p->r, s->threads);
+            rank = p->r > rank ? p->r : rank;
+            largest = floats > largest ? floats : largest;
+        }
+    return s->R * (2 * s->D + widest + attended + rank) + s->threads * score_floats(s) + largest;
+}
+
+void FOR_ISA(decode)(const decode_step *s, const decoder_layer *layers, int64_t n_layers) {
+    const int64_t R = s->R, Dh = s->Dh, q_width = s->H * Dh, kv_width = s->Kv * Dh;
+    int64_t heads = q_width + 2 * kv_width, widest = heads > 2 * s->inner ? heads : 2 * s->inner, rank = 0;
+    for (const decoder_layer *l = layers; l < layers + n_layers; l++)
+        for (const projection *p = &l->q; p <= &l->down; p++) rank = p->r > rank ? p->r : rank;
+    float *h = s->workspace, *added = h + R * s->D, *q = added + R * s->D, *k = q + R * q_width, *v = k + R * kv_width;
+    float *gate = q, *up = gate + R * s->inner, *y = q + R * widest, *low = y + R * q_width;
+    float *scores = low + R * rank, *rest = scores + s->threads * score_floats(s);
+    for (const decoder_layer *l = layers; l < layers + n_layers; l++) {
+        norm_rows(s, l->input_norm, h);
+        linear_rows(s, &l->q, h, q, low, rest);
+        linear_rows(s, &l->k, h, k, low, rest);
+        linear_rows(s, &l->v, h, v, low, rest);
+        attention_rows(s, l, q, k, v, scores, score_floats(s), y);
+        linear_rows(s, &l->o, y, added, low, rest);
+        add_rows(s, added);
+        norm_rows(s, l->post_norm, h);
+        linear_rows(s, &l->gate, h, gate, low, rest);
+        linear_rows(s, &l->up, h, up, low, rest);
+        swiglu_rows(s, gate, up);
+        linear_rows(s, &l->down, gate, added, low, rest);
+        add_rows(s, added);
+    }
+}
