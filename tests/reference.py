@@ -371,6 +371,8 @@ def orpo_pair(chosen: float, rejected: float, lambda_or: float) -> PairLoss:
     (odds_c, slope_c), (odds_r, slope_r) = log_odds(chosen), log_odds(rejected)
     slope = -lambda_or * sigmoid(odds_r - odds_c)
     return PairLoss(-lambda_or * log_sigmoid(odds_c - odds_r), slope * slope_c, -slope * slope_r)
+
+
 # Distillation (GKD, arXiv 2306.13649, eq. 1): one row of student and teacher logits
 
 
