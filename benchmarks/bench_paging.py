@@ -5,13 +5,10 @@
 Arms: PagedAdamW with each budget; torch.optim.AdamW (foreach, fused) and bitsandbytes' AdamW8bit, where they run. They
 take turns. Beside the measured time stands the model's,
 
-    ideal = max(compute, bytes moved / bandwidth)
-    model = hits · c + misses · max(c, transport of a page)              c = compute / pages
+    model = max(compute, bytes moved / bandwidth)
 
-with compute the all-resident step's time, bytes, hits and misses from the exact counters, and the bandwidth measured by
-walking all pages through two frames with no work on them. Bytes in and bytes out share one thread, so they add up. The
-model is the ideal where all pages miss, or none; between, it is more, since only one page is fetched ahead, and what
-the hits could hide comes in one row after them.
+with compute the all-resident step's time, the bytes of one step from the exact counters, and the bandwidth measured by
+walking all pages through two frames with no work on them, one transfer at a time.
 """
 
 import sys
@@ -128,6 +125,13 @@ def measured_bandwidth(args: argparse.Namespace, optimizer: PagedAdamW) -> float
     return statistics.median(rates[2:])  # the first walks write to a file that has no bytes yet
 
 
+def counters_of_a_step(optimizer: PagedAdamW) -> dict[str, Any]:
+    """What the counters grow by in one step, as in every one after the first."""
+    before = optimizer.stats
+    optimizer.step()
+    return {name: value - before[name] for name, value in optimizer.stats.items()}
+
+
 def row(
     args: argparse.Namespace,
     arm: str,
@@ -137,35 +141,24 @@ def row(
     compute: float,
     ours: dict[float, PagedAdamW],
 ) -> dict[str, Any]:
-    """A CSV row; bytes and hits are a step's, on average over all steps."""
+    """A CSV row; bytes, hits and misses are one step's."""
     case = {
         "elements": args.elements,
         "state_bits": args.state_bits,
         "tier": args.tier,
         "prefetch": not args.no_prefetch,
     }
-    measured: dict[str, Any] = {
-        "share": "",
-        "resident_bytes": "",
-        "bytes_moved": "",
-        "hits": "",
-        "ideal_ms": "",
-        "model_ms": "",
-    }
+    measured: dict[str, Any] = dict.fromkeys(
+        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms", "over_model"), ""
+    )
     share = next((share for share in ours if arm == arm_name(share)), None)
     if share is not None:
-        optimizer = ours[share]
-        steps, stats = optimizer.steps[0], optimizer.stats
-        moved = (stats["bytes_in"] + stats["bytes_out"]) / steps
-        misses, a_page = stats["misses"] / steps, compute / len(optimizer.pages)
-        transport_ms = 1e3 * moved / bandwidth
-        model = compute + max(0.0, transport_ms - misses * a_page)
-        measured = {"share": share, "resident_bytes": stats["resident_bytes"], "bytes_moved": round(moved)}
-        measured |= {
-            "hits": round(stats["hits"] / steps, 1),
-            "ideal_ms": f"{max(compute, transport_ms):.1f}",
-            "model_ms": f"{model:.1f}",
-        }
+        step = counters_of_a_step(ours[share])
+        moved = step["bytes_in"] + step["bytes_out"]
+        model = max(compute, 1e3 * moved / bandwidth)
+        measured = {"share": share, "resident_bytes": ours[share].stats["resident_bytes"], "bytes_moved": moved}
+        measured |= {"hits": step["hits"], "misses": step["misses"], "model_ms": f"{model:.1f}"}
+        measured |= {"over_model": f"{statistics.median(taken) / model:.2f}"}
     base = BASE if BASE in times else next(iter(times))
     ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
@@ -189,8 +182,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     shares = [100 * row["share"] for row in rows]
     axes.plot(shares, [float(row["p50_ms"]) for row in rows], marker="o", label="measured")
-    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label="model")
-    axes.plot(shares, [float(row["ideal_ms"]) for row in rows], linestyle=":", label="max(compute, bytes / bandwidth)")
+    model = "model: max(compute, bytes / bandwidth)"
+    axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label=model)
     axes.set(xlabel="% of the state resident", ylabel="ms a step", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

@@ -24,12 +24,13 @@ from torch import Tensor
 from kernels.adamw import AdamWStep, adamw, adamw_8bit
 
 from .layout import Item, Page, Span, lay_out, values_of
-from .pages import PageTable
+from .pages import AHEAD, PageTable
 from .state_8bit import STATE_BITS, is_8bit, state_fields
 from .state_file import StateFile, write_state_file
 from .transport import FolderTransport, HostTransport, Transport, free_bytes
 
 PAGE_BYTES = 8 * 2**20  # a call of the C step wakes threads: with 2 MiB that costs about half of the step
+EVERYTHING = 2**62  # bytes: more than there are
 STATE_FILE = "optimizer.safetensors"
 NOT_HERE = ("amsgrad", "maximize", "differentiable")  # torch's options that change the update
 
@@ -137,14 +138,17 @@ class PagedAdamW(torch.optim.Optimizer):
         """The page table, made when it is first needed: "auto" should know what is left beside the gradients."""
         if self.table is None:
             self.items = [Item(p.numel(), state_fields(p, self.state_bits)) for p in self.parameters]
-            self.pages: list[Page] = lay_out(self.items, self.page_bytes)
-            used = [page.used for page in self.pages]
             device = self.parameters[0].device
-            budget = len(used) * self.page_bytes if self.device_budget is None else self.device_budget
-            if budget == "auto":
-                budget = free_bytes(device) // 2
+            budget = free_bytes(device) // 2 if self.device_budget == "auto" else self.device_budget
+            self.pages: list[Page] = lay_out(self.items, self.page_bytes)
+            if budget is None or int(budget) >= len(self.pages) * self.page_bytes:
+                self.pages = lay_out(self.items, EVERYTHING)  # nothing will move: one page, a call for each parameter
+            used = [page.used for page in self.pages]
+            page_bytes = sum(used) if len(used) == 1 else self.page_bytes
             transport = self.transport or self._transport(device)
-            self.table = PageTable(used, self.page_bytes, transport, budget=int(budget), prefetch=self.prefetch)
+            ahead = AHEAD if self.prefetch else 0
+            budget = sum(used) if budget is None else int(budget)
+            self.table = PageTable(used, page_bytes, transport, budget=budget, ahead=ahead)
             if (
                 self.transport is None
                 and self.spill == "cpu"

@@ -1,23 +1,28 @@
 """A page table: more pages than fast memory has frames for. It knows nothing of what the pages hold.
 
     fast tier   frame 0   frame 1   frame 2        a budget of them
-                   ↑ page-in      ↓ page-out       transport.py; a thread, while the page in use is worked on
+                   ↑ page-in      ↓ page-out       transport.py; a thread for each way, while a page is worked on
     slow tier   page 0   page 1   page 2   page 3   page 4 …
 
 An optimizer walks its pages in a circle, 0 … N-1, 0 … N-1. When a frame is needed, which page has to go?
 
-    LRU   the least recently used. In a circle that is the very page that is needed soonest: with F < N frames it has
-          gone by the time that it is wanted, and nothing is ever a hit. The worst there is.
-    MRU   the most recently used, that is, the one whose turn comes last. In a circle this is what Belady's rule
-          (evict what is needed furthest in the future) says, so no rule has fewer misses.
+    LRU    the least recently used. In a circle that is the very page that is needed soonest: with F < N frames it has
+           gone by the time that it is wanted, and nothing is ever a hit. The worst there is.
+    MRU    the most recently used, that is, the one whose turn comes last. In a circle this is what Belady's rule
+           (evict what is needed furthest in the future) says, so no rule has fewer misses. But they come in a row:
+           first the pages that stayed, with nothing to bring, then those that did not, with nothing to hide them.
+    EVEN   F - 3 pages stay for good, every N / (F - 3)th; the others pass through the three frames left: one in use,
+           one being filled, one being emptied. A page or two more is brought than by Belady's rule, but each has the
+           time of all the pages since the one before it. What PagedAdamW takes.
 
-While a page is in use the next one is brought: the page before it leaves its frame and the next one takes it, so two
-frames are enough to overlap work and transport, and are the least that prefetching needs. A page is written back only
-if it was written to, and costs no read before it was ever written back: it is zeros.
+While a page is in use the next `ahead` of those missing are brought. Two frames are enough to overlap work and
+transport, and are the least that this needs. A page is written back only if it was written to, and costs no read
+before it was ever written back: it is zeros.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +31,8 @@ from torch import Tensor
 
 from .transport import Transport
 
-POLICIES = ("mru", "lru")
+POLICIES = ("even", "mru", "lru")
+AHEAD = 2
 
 
 @dataclass
@@ -47,21 +53,23 @@ class PageStats:
     """Spent waiting for a page that was not there in time."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Arrival:
     """A page on its way into `frame`, which `victim` leaves."""
 
     page: int
     frame: Tensor
     victim: int | None
-    saves_victim: bool
-    victim_saved: bool = False
-    future: "Future[None] | None" = None
+    leaves: "Future[None] | None"
+    """None: the victim need not be written back."""
+    reads: bool
+    """Else the page is new: zeros."""
+    comes: "Future[None]"
 
 
 class PageTable:
     """`used[i]` bytes of page i matter; a frame holds page_bytes. `budget` is in bytes, and never less than one page
-    and, with prefetch, the next one."""
+    and, with ahead > 0, the next one. ahead=0 brings a page when it is used."""
 
     def __init__(
         self,
@@ -70,32 +78,32 @@ class PageTable:
         transport: Transport,
         *,
         budget: int,
-        prefetch: bool = True,
-        policy: str = "mru",
+        ahead: int = AHEAD,
+        policy: str = "even",
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if budget < 0:
             raise ValueError(f"a budget of fast memory must not be negative, got {budget}")
         self.used, self.page_bytes, self.transport, self.policy = list(used), page_bytes, transport, policy
-        self.prefetch = prefetch
-        least = 2 if prefetch else 1
-        self.n_frames = min(len(self.used), max(least, budget // page_bytes))
+        self.n_frames = min(len(self.used), max(1 + min(ahead, 1), budget // page_bytes))
+        self.ahead = min(ahead, self.n_frames - 1)
+        self.staying = _spread(self.n_frames - 1 - self.ahead, len(self.used)) if policy == "even" else set[int]()
         self.stats = PageStats()
         frames = transport.frames(self.n_frames, page_bytes) if used else ()
         self.free: list[Tensor] = list(reversed(tuple(frames)))
         self.resident: dict[int, Tensor] = {}  # page → frame, the most recently used last
         self.dirty: set[int] = set()
         self.saved: set[int] = set()  # pages that the slow tier holds, old or new
-        self._arrival: _Arrival | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._arrivals: dict[int, _Arrival] = {}  # by page, in the order of their use
+        self._out, self._in = _Lane("pages out"), _Lane("pages in")
         if self.n_frames < len(self.used):
             transport.open(len(self.used), page_bytes)
 
     @property
     def resident_bytes(self) -> int:
         """Of fast memory in use, by whole frames."""
-        return self.page_bytes * (len(self.resident) + (self._arrival is not None))
+        return self.page_bytes * (len(self.resident) + len(self._arrivals))
 
     @property
     def spilled_bytes(self) -> int:
@@ -111,103 +119,140 @@ class PageTable:
 
         write=False promises to leave them as they are. Raises OSError where the slow tier fails: no page is lost.
         """
+        if [page for page in pages if page not in self.resident][: len(self._arrivals)] != list(self._arrivals):
+            self._settle_all()  # the last walk brought what this one does not begin with
         for at, page in enumerate(pages):
             frame = self._use(page)
             if write:
                 self.dirty.add(page)
-            if self.prefetch:
-                self._bring(pages[(at + 1) % len(pages)], in_use=page)  # the last brings the first of the next walk
+            self._look_ahead(pages, at)
             yield page, frame
-            self.transport.used()
 
     def close(self) -> None:
         """Give all memory back, in both tiers. What the pages held is gone."""
-        if self._arrival is not None and self._arrival.future is not None:
-            self._arrival.future.exception()  # waits
-        if self._thread is not None:
-            self._thread.shutdown()
-        self._arrival = self._thread = None
+        for arrival in self._arrivals.values():
+            arrival.comes.exception()  # waits
+        self._out.close()
+        self._in.close()
+        self._arrivals.clear()
         self.resident.clear()
         self.free.clear()
         self.transport.close()
 
     def _use(self, page: int) -> Tensor:
         """The frame of a page, now."""
-        brought = self._arrival is not None and self._arrival.page == page
-        self._settle()
-        if not brought and page in self.resident:
+        if page in self.resident:
             self.stats.hits += 1
         else:
             self.stats.misses += 1
-        if page not in self.resident:
-            self._bring(page)
-            self._settle()
+            start = time.perf_counter()
+            if page not in self._arrivals:
+                self._settle_all()
+                self._bring(page, (), at_once=True)
+            self._settle(page)
+            self.stats.wait_seconds += time.perf_counter() - start
         frame = self.resident.pop(page)
         self.resident[page] = frame  # most recently used
         return frame
 
-    def _bring(self, page: int, in_use: int | None = None) -> None:
-        """Start to bring a page, unless it is there. With a page in use, in the thread; else at once."""
-        if page in self.resident:
+    def _look_ahead(self, pages: Sequence[int], at: int) -> None:
+        """Start to bring the missing ones of the pages that come next; after the last come those of the next walk."""
+        if self.n_frames == len(self.used):
             return
-        victim = None
-        if self.free:
-            frame = self.free.pop()
-        else:
-            by_age = [p for p in self.resident if p != in_use]
-            victim = by_age[-1] if self.policy == "mru" else by_age[0]
-            frame = self.resident.pop(victim)
-        self._arrival = _Arrival(page, frame, victim, saves_victim=victim in self.dirty)
+        needed_before = {pages[at]}
+        for later in range(at + 1, at + len(pages)):
+            if len(self._arrivals) >= self.ahead:
+                return
+            page = pages[later % len(pages)]
+            if page not in self.resident and page not in self._arrivals and not self._bring(page, needed_before):
+                return
+            needed_before.add(page)
+
+    def _bring(self, page: int, needed_before: Collection[int], *, at_once: bool = False) -> bool:
+        """Start to bring a page, in the threads or at once; False when no page may leave its frame for it."""
+        victim = None if self.free else self._victim(needed_before)
+        if not self.free and victim is None:
+            return False
+        frame = self.free.pop() if victim is None else self.resident.pop(victim)
         self.transport.used()
-        if in_use is None:
-            self._arrival.future = self._run_now(self._arrival)
-        else:
-            self._thread = self._thread or ThreadPoolExecutor(1, "pages")
-            self._arrival.future = self._thread.submit(self._move, self._arrival)
+        leaves = None
+        if victim is not None and victim in self.dirty:
+            leaves = self._out.run(self.transport.write, victim, frame[: self.used[victim]], at_once=at_once)
+        reads = page in self.saved or any(other.victim == page for other in self._arrivals.values())
+        comes = self._in.run(self._fill, page, frame[: self.used[page]], leaves, reads, at_once=at_once)
+        self._arrivals[page] = _Arrival(page, frame, victim, leaves, reads, comes)
+        return True
 
-    def _run_now(self, arrival: _Arrival) -> "Future[None]":
-        """As the thread would, but at once: all of it is waiting."""
-        future: Future[None] = Future()
-        start = time.perf_counter()
-        try:
-            self._move(arrival)
-            future.set_result(None)
-        except OSError as error:
-            future.set_exception(error)
-        self.stats.wait_seconds += time.perf_counter() - start
-        return future
+    def _victim(self, needed_before: Collection[int]) -> int | None:
+        may_go = [page for page in self.resident if page not in needed_before and page not in self.staying]
+        return (may_go[-1] if self.policy == "mru" else may_go[0]) if may_go else None
 
-    def _move(self, arrival: _Arrival) -> None:
-        """Victim out, page in. Touches nothing of the table: it may run beside it."""
-        if arrival.saves_victim and arrival.victim is not None:
-            self.transport.write(arrival.victim, arrival.frame[: self.used[arrival.victim]])
-            arrival.victim_saved = True
-        frame = arrival.frame[: self.used[arrival.page]]
-        if arrival.page in self.saved:
-            self.transport.read(arrival.page, frame)
+    def _fill(self, page: int, frame: Tensor, leaves: "Future[None] | None", reads: bool) -> None:
+        """What was there leaves first. In a thread of its own, it touches nothing of the table."""
+        if leaves is not None:
+            leaves.result()
+        if reads:
+            self.transport.read(page, frame)
         else:
             frame.zero_()
 
-    def _settle(self) -> None:
-        """Wait for the page on its way, and write down what happened."""
-        arrival, self._arrival = self._arrival, None
-        if arrival is None or arrival.future is None:
-            return
-        start = time.perf_counter()
-        error = arrival.future.exception()
-        self.stats.wait_seconds += time.perf_counter() - start
-        if arrival.victim is not None and arrival.victim_saved:
-            self.stats.page_outs += 1
-            self.stats.bytes_out += self.used[arrival.victim]
-            self.dirty.discard(arrival.victim)
-            self.saved.add(arrival.victim)
+    def _settle(self, page: int) -> None:
+        """Wait for a page on its way, and write down what happened. After an error, for all, and raise it."""
+        error = self._arrived(self._arrivals.pop(page))
         if error is not None:
-            if arrival.victim is not None and arrival.saves_victim and not arrival.victim_saved:
-                self.resident[arrival.victim] = arrival.frame  # it could not leave
-            else:
-                self.free.append(arrival.frame)
+            with contextlib.suppress(OSError):  # as the first one most likely
+                self._settle_all()
             raise error
-        self.resident[arrival.page] = arrival.frame
-        if arrival.page in self.saved:
+
+    def _settle_all(self) -> None:
+        while self._arrivals:
+            self._settle(next(iter(self._arrivals)))
+
+    def _arrived(self, arrival: _Arrival) -> BaseException | None:
+        """Returns why it did not; then the victim is in its frame still, or the frame is free."""
+        error, page, victim = arrival.comes.exception(), arrival.page, arrival.victim
+        if victim is not None and arrival.leaves is not None:
+            if arrival.leaves.exception() is not None:
+                self.resident[victim] = arrival.frame
+                return error
+            self.stats.page_outs += 1
+            self.stats.bytes_out += self.used[victim]
+            self.dirty.discard(victim)
+            self.saved.add(victim)
+        if error is not None or page in self.resident:  # it could not leave, so nothing had to be read
+            self.free.append(arrival.frame)
+            return error
+        self.resident[page] = arrival.frame
+        if arrival.reads:
             self.stats.page_ins += 1
-            self.stats.bytes_in += self.used[arrival.page]
+            self.stats.bytes_in += self.used[page]
+        return None
+
+
+class _Lane:
+    """A thread for one way between the tiers, made when it is first needed: one transfer after the other."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.thread: ThreadPoolExecutor | None = None
+
+    def run(self, task: Callable[..., None], *arguments: Any, at_once: bool) -> "Future[None]":
+        if not at_once:
+            self.thread = self.thread or ThreadPoolExecutor(1, self.name)
+            return self.thread.submit(task, *arguments)
+        future: Future[None] = Future()
+        try:
+            future.set_result(task(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.shutdown()
+        self.thread = None
+
+
+def _spread(n_staying: int, n_pages: int) -> set[int]:
+    """So many of the pages, as evenly over the circle as can be."""
+    return {page for page in range(n_pages) if (page + 1) * n_staying // n_pages > page * n_staying // n_pages}

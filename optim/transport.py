@@ -1,19 +1,21 @@
 """Between two tiers of memory: what moves a page from the fast one to the slow one and back.
 
-    HostTransport     GPU → pinned memory of the host, on a stream of its own (CPU → a second pool: frees nothing)
+    HostTransport     GPU → pinned memory of the host, on a stream for each way (CPU → a second pool: frees nothing)
     FolderTransport   CPU → a file in a folder: the memory is really freed, and the file goes when its process does
     SlowTransport     a pretended slow device with a set bandwidth and latency, for tests and for teaching
 
-The page table (pages.py) calls `read` and `write` from one thread at a time. A frame is a page's place in the fast
-tier: uint8 (page_bytes,). What it is given here may be shorter: the part of it that is used.
+The page table (pages.py) calls `read` from one thread and `write` from another, never for the same page or frame at
+once. A frame is a page's place in the fast tier: uint8 (page_bytes,). What it is given here may be shorter: the part of
+it that is used.
 
-The stream of HostTransport is written from CUDA's documentation and has not been run on a GPU.
+The streams of HostTransport are written from CUDA's documentation and have not been run on a GPU.
 """
 
 import errno
 import mmap
 import os
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -77,7 +79,7 @@ class HostTransport:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pages = device, dict[int, Tensor]()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []  # in, out
         self.done: torch.cuda.Event | None = None
 
     def open(self, n_pages: int, page_bytes: int) -> None:
@@ -87,27 +89,28 @@ class HostTransport:
         return frames_on(self.device, n_frames, page_bytes)
 
     def used(self) -> None:
-        if self.stream is not None:
+        if self.streams:
             self.done = torch.cuda.Event()
             self.done.record(torch.cuda.current_stream(self.device))
 
     def write(self, page: int, frame: Tensor) -> None:
         if page not in self.pages:
-            self.pages[page] = torch.empty(len(frame), dtype=torch.uint8, pin_memory=self.stream is not None)
-        self._copy(self.pages[page], frame)
+            self.pages[page] = torch.empty(len(frame), dtype=torch.uint8, pin_memory=bool(self.streams))
+        self._copy(self.pages[page], frame, way=1)
 
     def read(self, page: int, frame: Tensor) -> None:
-        self._copy(frame, self.pages[page])
+        self._copy(frame, self.pages[page], way=0)
 
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        if self.stream is None:
+    def _copy(self, target: Tensor, source: Tensor, way: int) -> None:
+        if not self.streams:
             target.copy_(source)
             return
-        with torch.cuda.stream(self.stream):
+        stream = self.streams[way]
+        with torch.cuda.stream(stream):
             if self.done is not None:
-                self.stream.wait_event(self.done)
+                stream.wait_event(self.done)
             target.copy_(source, non_blocking=True)
-        self.stream.synchronize()  # of this stream alone: the device goes on with the page in use
+        stream.synchronize()  # of this stream alone: the device goes on with the page in use
 
     def close(self) -> None:
         self.pages.clear()
@@ -118,6 +121,7 @@ class FolderTransport:
 
     def __init__(self, folder: str | Path, device: torch.device) -> None:
         self.folder, self.device = Path(folder), device
+        self.one_place = threading.Lock()  # for a system whose files have only one
 
     def open(self, n_pages: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -138,22 +142,35 @@ class FolderTransport:
         pass
 
     def write(self, page: int, frame: Tensor) -> None:
-        self.file.seek(page * self.page_bytes)
-        left = frame.cpu().numpy().data
+        left, at = frame.cpu().numpy().data, page * self.page_bytes
         while left:
-            left = left[self.file.write(left) :]
+            n_bytes = self._write_at(left, at)
+            left, at = left[n_bytes:], at + n_bytes
 
     def read(self, page: int, frame: Tensor) -> None:
-        self.file.seek(page * self.page_bytes)
         host = frame.cpu()
-        left = host.numpy().data
+        left, at = host.numpy().data, page * self.page_bytes
         while left:
-            n_bytes = self.file.readinto(left)
+            n_bytes = self._read_at(left, at)
             if not n_bytes:
                 raise OSError(errno.EIO, f"the spill file in {self.folder} ends before page {page}")
-            left = left[n_bytes:]
+            left, at = left[n_bytes:], at + n_bytes
         if host is not frame:
             frame.copy_(host)
+
+    def _write_at(self, data: memoryview, at: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self.file.fileno(), data, at)
+        with self.one_place:
+            self.file.seek(at)
+            return self.file.write(data)
+
+    def _read_at(self, data: memoryview, at: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [data], at)
+        with self.one_place:
+            self.file.seek(at)
+            return self.file.readinto(data)
 
     def close(self) -> None:
         if hasattr(self, "file"):
@@ -171,7 +188,7 @@ def _reserve(file: int, n_bytes: int) -> None:
 
 
 class SlowTransport:
-    """Each transfer takes latency + bytes / bandwidth seconds, and moves the bytes for real."""
+    """Each transfer takes latency + bytes / bandwidth seconds, and moves the bytes for real; both ways at once."""
 
     def __init__(self, *, bytes_per_second: float = float("inf"), latency: float = 0.0) -> None:
         self.bytes_per_second, self.latency = bytes_per_second, latency

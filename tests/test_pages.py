@@ -34,70 +34,102 @@ def transport(request, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("policy", ["even", "mru", "lru"])
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
 @pytest.mark.parametrize("frames", [0, 1, 2, 3, 5, 6, 9])
-def test_pages_keep_what_was_written(transport, frames, prefetch):
-    pages = table(6, frames, transport, prefetch=prefetch)
+def test_pages_keep_what_was_written(transport, frames, ahead, policy):
+    pages = table(6, frames, transport, ahead=ahead, policy=policy)
     wanted = [0] * 6
-    for turn, order in enumerate([range(6), [3, 1], range(6), [5], [4, 0, 2], range(6)]):
+    for turn, order in enumerate([range(6), range(6), [3, 1], range(6), [5], [4, 0, 2], range(6)]):
         for page, frame in pages.walk(order):
             assert frame[: pages.used[page]].eq(wanted[page]).all(), "zeros at first, then what was left there"
+            assert pages.resident_bytes <= max(frames, 1 + min(ahead, 1)) * PAGE
             wanted[page] = 10 * turn + page + 1
             frame.fill_(wanted[page])
     for page, frame in pages.walk(range(6), write=False):
         assert frame[: pages.used[page]].eq(wanted[page]).all()
+    assert pages.stats.hits + pages.stats.misses == 36
     pages.close()
 
 
-def belady_misses(order: list[int], frames: int, prefetch: bool) -> int:
-    """The fewest misses there can be: evict what is needed furthest in the future; the page in use cannot go."""
+def belady_misses(order: list[int], frames: int) -> int:
+    """The fewest misses there can be: evict what is needed furthest in the future."""
     held: set[int] = set()
     misses = 0
-
-    def next_use(page: int, at: int) -> int:
-        return next((i for i in range(at, len(order)) if order[i] == page), len(order))
-
-    def bring(at: int, pinned: set[int]) -> None:
-        nonlocal misses
-        if order[at] not in held:
-            misses += 1
-            if len(held) == frames:
-                held.remove(max(held - pinned, key=lambda page: next_use(page, at)))
-            held.add(order[at])
-
     for at, page in enumerate(order):
-        bring(at, set())
-        if prefetch and at + 1 < len(order):
-            bring(at + 1, {page})
+        if page in held:
+            continue
+        misses += 1
+        if len(held) == frames:
+            soon = {later: i for i, later in reversed(list(enumerate(order[at:])))}
+            held.remove(max(held, key=lambda kept: soon.get(kept, len(order))))
+        held.add(page)
     return misses
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("n_pages", [2, 3, 7, 12])
-def test_in_a_circle_mru_misses_as_little_as_can_be_and_lru_as_much(n_pages, prefetch):
+def test_in_a_circle_mru_misses_as_little_as_can_be_and_lru_as_much(n_pages):
     rounds = 9
     order = list(range(n_pages)) * rounds
-    for frames in range(2, n_pages + 1):
-        mru = table(n_pages, frames, prefetch=prefetch)
-        lru = table(n_pages, frames, prefetch=prefetch, policy="lru")
+    for frames in range(1, n_pages + 1):
+        mru, lru = (table(n_pages, frames, ahead=0, policy=policy) for policy in ("mru", "lru"))
         for _ in range(rounds):
             walk(mru)
             walk(lru)
-        assert mru.stats.misses == belady_misses(order, frames, prefetch)
+        assert mru.stats.misses == belady_misses(order, frames)
         assert lru.stats.hits == (0 if frames < n_pages else n_pages * (rounds - 1))
-        assert mru.stats.hits >= lru.stats.hits
         assert mru.stats.hits + mru.stats.misses == len(order)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("n_pages", [5, 12])
+def test_even_hits_every_frame_that_nothing_passes_through_and_never_far_from_there(n_pages, ahead):
+    """Each walk after the first: as many hits as there are frames beside the one in use and those on their way; and
+    no two gaps between misses differ by more than one page."""
+    for frames in range(1 + ahead, n_pages):
+        even = table(n_pages, frames, ahead=ahead)
+        walk(even)
+        missed = []
+        for _ in range(4):
+            hits = even.stats.hits
+            for page, _ in even.walk(range(n_pages)):
+                if even.stats.hits == hits:
+                    missed.append(page)
+                hits = even.stats.hits
+        misses = n_pages - (frames - 1 - ahead)
+        assert len(missed) == 4 * misses
+        gaps = [(later - page) % n_pages for page, later in zip(missed, missed[1:], strict=False)]
+        assert misses == 1 or max(gaps) - min(gaps) <= 1
+        even.close()
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5, 8, 9, 10])
 def test_the_table_of_the_documentation(frames):
-    mru, lru = table(10, frames), table(10, frames, policy="lru")
-    for _ in range(10):
-        walk(mru)
-        walk(lru)
-    cells = (frames, lru.stats.hits, mru.stats.hits, mru.stats.page_ins, mru.stats.page_outs)
+    tables = {policy: table(10, frames, policy=policy) for policy in ("lru", "mru", "even")}
+    for pages in tables.values():
+        for _ in range(10):
+            walk(pages)
+        pages.close()
+    cells = [frames, *(pages.stats.hits for pages in tables.values())]
+    cells += [tables["even"].stats.page_ins, tables["even"].stats.page_outs]
     page = (Path(__file__).parent.parent / "docs" / "paging.md").read_text(encoding="utf-8")
     assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
+
+
+def test_misses_apart_cost_no_waiting_where_misses_in_a_row_do():
+    """12 pages of 4 ms work, 8 frames, 6 ms for a page in, 6 ms out: a third of the transport is MRU's to wait for."""
+    waits = {}
+    for policy in ("lru", "mru", "even"):
+        pages = table(12, 8, SlowTransport(latency=0.006), policy=policy)
+        for turn in range(4):
+            if turn == 1:
+                before = pages.stats.wait_seconds
+            for _ in pages.walk(range(12)):
+                time.sleep(0.004)
+        waits[policy] = (pages.stats.wait_seconds - before) / 3
+        pages.close()
+    assert waits["even"] < waits["mru"] < waits["lru"]
+    print(waits)
 
 
 def test_all_resident_moves_nothing_and_never_opens_the_slow_tier():
@@ -142,18 +174,18 @@ def test_a_page_that_was_only_read_is_not_written_back():
 
 
 def test_the_next_page_is_brought_while_this_one_is_worked_on():
-    """A page takes 5 ms each way and is worked on for 20 ms: with prefetch nobody waits, without it 10 ms a page."""
+    """A page takes 5 ms each way and is worked on for 20 ms: with ahead=1 nobody waits, with ahead=0 10 ms a page."""
     waits = {}
-    for prefetch in (True, False):
-        pages = table(6, 0, SlowTransport(latency=0.005), prefetch=prefetch)
+    for ahead in (1, 0):
+        pages = table(6, 0, SlowTransport(latency=0.005), ahead=ahead)
         walk(pages)
         before = pages.stats.wait_seconds
         for _ in pages.walk(range(6)):
             time.sleep(0.02)
-        waits[prefetch] = pages.stats.wait_seconds - before
+        waits[ahead] = pages.stats.wait_seconds - before
         pages.close()
-    assert waits[False] >= 6 * 0.010
-    assert waits[True] < waits[False] / 3
+    assert waits[0] >= 6 * 0.010
+    assert waits[1] < waits[0] / 3
 
 
 def test_a_slow_device_takes_latency_and_bytes_over_bandwidth():
@@ -165,9 +197,10 @@ def test_a_slow_device_takes_latency_and_bytes_over_bandwidth():
     assert time.perf_counter() - start >= 2 * 0.006
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("frames", [0, 3, 4])
 @pytest.mark.parametrize("fails", ["read", "write"])
-def test_a_failing_slow_tier_is_an_error_and_no_page_is_lost(fails, prefetch):
+def test_a_failing_slow_tier_is_an_error_and_no_page_is_lost(fails, frames, ahead):
     class Failing(SlowTransport):
         broken = False
 
@@ -182,7 +215,7 @@ def test_a_failing_slow_tier_is_an_error_and_no_page_is_lost(fails, prefetch):
             super().write(page, frame)
 
     slow = Failing()
-    pages = table(5, 0, slow, prefetch=prefetch)
+    pages = table(5, frames, slow, ahead=ahead)
     for page, frame in pages.walk(range(5)):
         frame.fill_(page + 1)
     slow.broken = True
@@ -237,7 +270,7 @@ def test_a_folder_that_cannot_take_the_pages_is_named(tmp_path, monkeypatch):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="policy must be one of mru, lru, got 'fifo'"):
+    with pytest.raises(ValueError, match="policy must be one of even, mru, lru, got 'fifo'"):
         table(3, 2, policy="fifo")
     with pytest.raises(ValueError, match="must not be negative, got -4096"):
         table(3, -1)

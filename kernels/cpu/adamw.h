@@ -6,7 +6,9 @@ typedef struct {
     float decay, take1, keep2, take2, root2, eps, rate;
 } adamw_step;
 
-enum { STATE_BLOCK = 256 };
+/* ALONE: up to so many elements one thread is done before another has woken up. Of more, a thread takes half as many at
+   a time: one that also has a page to move (optim/pages.py) takes fewer of them, and none waits for it. */
+enum { STATE_BLOCK = 256, ALONE = 32768 };
 
 /* A map of 256 sorted levels. threshold[i]: the least fp32 that is nearer to level i + 1 than to level i; 255: infinity.
    first[u]: how many thresholds lie at or below every fp32 whose upper half is u. No such range holds two of them. */
@@ -42,7 +44,7 @@ INLINE void adamw_span(float *p, const float *g, float *m, float *v, int64_t n, 
 /* p and g (n,) of a dtype each; m and v fp32 (n,). */
 void FOR_ISA(adamw)(void *p, int p_dtype, const void *g, int g_dtype, float *m, float *v, int64_t n,
                     const adamw_step *s, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for if (n > ALONE) num_threads(threads) schedule(dynamic, ALONE / 2 / CHUNK)
     for (int64_t first = 0; first < n; first += CHUNK) {
         int64_t length = n - first < CHUNK ? n - first : CHUNK;
         if (p_dtype == FP32 && g_dtype == FP32) {
@@ -81,7 +83,7 @@ INLINE float write_state(const float *x, const state_map *map, int64_t n, uint8_
 void FOR_ISA(adamw_8bit)(void *p, int p_dtype, const void *g, int g_dtype, uint8_t *codes1, float *absmax1,
                          uint8_t *codes2, float *absmax2, const state_map *map1, const state_map *map2, int64_t n,
                          const adamw_step *s, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for if (n > ALONE) num_threads(threads) schedule(dynamic, ALONE / 2 / STATE_BLOCK)
     for (int64_t block = 0; block < (n + STATE_BLOCK - 1) / STATE_BLOCK; block++) {
         int64_t first = block * STATE_BLOCK, length = n - first < STATE_BLOCK ? n - first : STATE_BLOCK;
         float values[STATE_BLOCK], gradient[STATE_BLOCK], m[STATE_BLOCK], v[STATE_BLOCK];
