@@ -36,6 +36,8 @@ class AdamWStep:
     eps: float
     weight_decay: float
     t: int
+    threads: int | None = None
+    """That a CPU kernel may use; by default all of torch's. No bit depends on it."""
 
 
 def adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:

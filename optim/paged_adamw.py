@@ -106,18 +106,18 @@ class PagedAdamW(torch.optim.Optimizer):
         for i in with_gradient:
             self.steps[i] += 1
         for span, state in self._walk(with_gradient):
-            self._update(span, state)
+            self._update(span, state, threads=max(1, torch.get_num_threads() - self._paged().moving))
         return loss
 
-    def _update(self, span: Span, state: list[Tensor]) -> None:
-        """One AdamW step on the elements of a span."""
+    def _update(self, span: Span, state: list[Tensor], threads: int) -> None:
+        """One AdamW step on the elements of a span, on the threads that move no pages."""
         parameter, group = self.parameters[span.item], self.group_of[span.item]
         assert parameter.grad is not None
         _require(not parameter.grad.is_sparse, f"parameter {span.item} has a sparse gradient: AdamW needs a dense one")
         p = parameter.detach().view(-1)[span.start : span.stop]
         g = parameter.grad.reshape(-1)[span.start : span.stop]
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        numbers = AdamWStep(lr, beta1, beta2, group["eps"], group["weight_decay"], self.steps[span.item])
+        numbers = AdamWStep(lr, beta1, beta2, group["eps"], group["weight_decay"], self.steps[span.item], threads)
         if is_8bit(self.items[span.item].fields):
             exp_avg, absmax, exp_avg_sq, absmax_sq = state
             adamw_8bit(p, g, exp_avg, absmax, exp_avg_sq, absmax_sq, numbers)

@@ -1,7 +1,7 @@
 """A page table: more pages than fast memory has frames for. It knows nothing of what the pages hold.
 
     fast tier   frame 0   frame 1   frame 2        a budget of them
-                   ↑ page-in      ↓ page-out       transport.py; a thread for each way, while a page is worked on
+                   ↑ page-in      ↓ page-out       transport.py; in threads, while a page is worked on
     slow tier   page 0   page 1   page 2   page 3   page 4 …
 
 An optimizer walks its pages in a circle, 0 … N-1, 0 … N-1. When a frame is needed, which page has to go?
@@ -21,10 +21,11 @@ before it was ever written back: it is zeros.
 """
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,7 @@ from .transport import Transport
 
 POLICIES = ("even", "mru", "lru")
 AHEAD = 2
+THREADS = max(1, min(AHEAD, (os.cpu_count() or 1) - 1))  # that move pages: one processor is left to work on them
 
 
 @dataclass
@@ -53,18 +55,18 @@ class PageStats:
     """Spent waiting for a page that was not there in time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Arrival:
     """A page on its way into `frame`, which `victim` leaves."""
 
     page: int
     frame: Tensor
     victim: int | None
-    leaves: "Future[None] | None"
-    """None: the victim need not be written back."""
+    saves_victim: bool
     reads: bool
     """Else the page is new: zeros."""
-    comes: "Future[None]"
+    victim_saved: bool = False
+    future: "Future[None]" = field(default_factory=Future)
 
 
 class PageTable:
@@ -96,7 +98,7 @@ class PageTable:
         self.dirty: set[int] = set()
         self.saved: set[int] = set()  # pages that the slow tier holds, old or new
         self._arrivals: dict[int, _Arrival] = {}  # by page, in the order of their use
-        self._out, self._in = _Lane("pages out"), _Lane("pages in")
+        self._threads: ThreadPoolExecutor | None = None
         if self.n_frames < len(self.used):
             transport.open(len(self.used), page_bytes)
 
@@ -109,6 +111,11 @@ class PageTable:
     def spilled_bytes(self) -> int:
         """Of pages that are in the slow tier only."""
         return sum(self.used[page] for page in self.saved - set(self.resident))
+
+    @property
+    def moving(self) -> int:
+        """How many threads move pages just now."""
+        return min(THREADS, sum(not arrival.future.done() for arrival in self._arrivals.values()))
 
     def counters(self) -> dict[str, Any]:
         """All of `stats`, and where the bytes are now."""
@@ -131,9 +138,9 @@ class PageTable:
     def close(self) -> None:
         """Give all memory back, in both tiers. What the pages held is gone."""
         for arrival in self._arrivals.values():
-            arrival.comes.exception()  # waits
-        self._out.close()
-        self._in.close()
+            arrival.future.exception()  # waits
+        if self._threads is not None:
+            self._threads.shutdown()
         self._arrivals.clear()
         self.resident.clear()
         self.free.clear()
@@ -174,27 +181,40 @@ class PageTable:
         if not self.free and victim is None:
             return False
         frame = self.free.pop() if victim is None else self.resident.pop(victim)
+        leaving = next((other for other in self._arrivals.values() if other.victim == page), None)
+        reads = page in self.saved or leaving is not None
+        arrival = self._arrivals[page] = _Arrival(page, frame, victim, victim in self.dirty, reads)
         self.transport.used()
-        leaves = None
-        if victim is not None and victim in self.dirty:
-            leaves = self._out.run(self.transport.write, victim, frame[: self.used[victim]], at_once=at_once)
-        reads = page in self.saved or any(other.victim == page for other in self._arrivals.values())
-        comes = self._in.run(self._fill, page, frame[: self.used[page]], leaves, reads, at_once=at_once)
-        self._arrivals[page] = _Arrival(page, frame, victim, leaves, reads, comes)
+        if at_once:
+            self._move(arrival, leaving)
+        else:
+            self._threads = self._threads or ThreadPoolExecutor(THREADS, "pages")
+            self._threads.submit(self._move, arrival, leaving)
         return True
 
     def _victim(self, needed_before: Collection[int]) -> int | None:
         may_go = [page for page in self.resident if page not in needed_before and page not in self.staying]
         return (may_go[-1] if self.policy == "mru" else may_go[0]) if may_go else None
 
-    def _fill(self, page: int, frame: Tensor, leaves: "Future[None] | None", reads: bool) -> None:
-        """What was there leaves first. In a thread of its own, it touches nothing of the table."""
-        if leaves is not None:
-            leaves.result()
-        if reads:
-            self.transport.read(page, frame)
-        else:
-            frame.zero_()
+    def _move(self, arrival: _Arrival, leaving: _Arrival | None) -> None:
+        """Victim out, page in. It may run in a thread: of the table it reads what does not change meanwhile.
+
+        leaving: the arrival for which this page is just being written back.
+        """
+        try:
+            if arrival.saves_victim and arrival.victim is not None:
+                self.transport.write(arrival.victim, arrival.frame[: self.used[arrival.victim]])
+                arrival.victim_saved = True
+            if leaving is not None:
+                leaving.future.result()
+            frame = arrival.frame[: self.used[arrival.page]]
+            if arrival.reads:
+                self.transport.read(arrival.page, frame)
+            else:
+                frame.zero_()
+            arrival.future.set_result(None)
+        except BaseException as error:
+            arrival.future.set_exception(error)
 
     def _settle(self, page: int) -> None:
         """Wait for a page on its way, and write down what happened. After an error, for all, and raise it."""
@@ -210,47 +230,21 @@ class PageTable:
 
     def _arrived(self, arrival: _Arrival) -> BaseException | None:
         """Returns why it did not; then the victim is in its frame still, or the frame is free."""
-        error, page, victim = arrival.comes.exception(), arrival.page, arrival.victim
-        if victim is not None and arrival.leaves is not None:
-            if arrival.leaves.exception() is not None:
-                self.resident[victim] = arrival.frame
-                return error
+        error, page, victim = arrival.future.exception(), arrival.page, arrival.victim
+        if victim is not None and arrival.victim_saved:
             self.stats.page_outs += 1
             self.stats.bytes_out += self.used[victim]
             self.dirty.discard(victim)
             self.saved.add(victim)
-        if error is not None or page in self.resident:  # it could not leave, so nothing had to be read
+        if victim is not None and arrival.saves_victim and not arrival.victim_saved:
+            self.resident[victim] = arrival.frame
+        elif error is not None or page in self.resident:  # it could not leave, so there was nothing to bring
             self.free.append(arrival.frame)
-            return error
-        self.resident[page] = arrival.frame
-        if arrival.reads:
-            self.stats.page_ins += 1
-            self.stats.bytes_in += self.used[page]
-        return None
-
-
-class _Lane:
-    """A thread for one way between the tiers, made when it is first needed: one transfer after the other."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.thread: ThreadPoolExecutor | None = None
-
-    def run(self, task: Callable[..., None], *arguments: Any, at_once: bool) -> "Future[None]":
-        if not at_once:
-            self.thread = self.thread or ThreadPoolExecutor(1, self.name)
-            return self.thread.submit(task, *arguments)
-        future: Future[None] = Future()
-        try:
-            future.set_result(task(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        if self.thread is not None:
-            self.thread.shutdown()
-        self.thread = None
+        else:
+            self.resident[page] = arrival.frame
+            self.stats.page_ins += arrival.reads
+            self.stats.bytes_in += self.used[page] * arrival.reads
+        return error
 
 
 def _spread(n_staying: int, n_pages: int) -> set[int]:

@@ -4,9 +4,9 @@
     FolderTransport   CPU → a file in a folder: the memory is really freed, and the file goes when its process does
     SlowTransport     a pretended slow device with a set bandwidth and latency, for tests and for teaching
 
-The page table (pages.py) calls `read` from one thread and `write` from another, never for the same page or frame at
-once. A frame is a page's place in the fast tier: uint8 (page_bytes,). What it is given here may be shorter: the part of
-it that is used.
+The page table (pages.py) calls `read` and `write` from several threads, never for one page or one frame at once. A
+frame is a page's place in the fast tier: uint8 (page_bytes,). What it is given here may be shorter: the part of it that
+is used.
 
 The streams of HostTransport are written from CUDA's documentation and have not been run on a GPU.
 """

@@ -1,7 +1,4 @@
-"""trainers/safety, optimizers and checkpoints: stopped, killed, damaged or diverging runs lose nothing.
-
-QLORA_KILLS=20 QLORA_KILL_SEED=1 pytest tests/test_safety.py -k kill kills more often, elsewhere.
-"""
+"""trainers/safety, optimizers and checkpoints: stopped, killed, damaged or diverging runs lose nothing."""
 
 import errno
 import json
@@ -9,9 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +14,13 @@ import torch
 
 import qlora
 from optim import PagedAdamW
+from tests.kill_runs import PAGE_BYTES, PHASES, kill_and_resume, result_bytes, tiny_run
 from tests.small_base import write_base, write_rows
 from trainers import sft
 from trainers.checkpoint import all_checkpoints
 from trainers.metrics import MetricsFile, read_metrics
 from trainers.optimizers import make_optimizer
 from trainers.safety import Skips
-
-ROOT = Path(__file__).parent.parent
-PAGE_BYTES = 8192  # so that the tiny model needs several
-RUN = f"import json, sys; from trainers import optimizers, sft; optimizers.PAGE_BYTES = {PAGE_BYTES}; "
-RUN += "sft.train(sft.SFTConfig(**json.loads(sys.argv[1])), quiet=True)"
-KILLS, KILL_SEED = int(os.environ.get("QLORA_KILLS", "2")), int(os.environ.get("QLORA_KILL_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +43,9 @@ def config(base, tmp_path) -> sft.SFTConfig:
     )  # fmt: skip
 
 
-def result_bytes(out: Path | str) -> bytes:
-    (file,) = [*Path(out).glob("model/*.safetensors"), *Path(out).glob("adapter/*.safetensors")]
-    return file.read_bytes()
-
-
 def unfinish(config: sft.SFTConfig) -> None:
     """As if the run had been killed before it wrote its result."""
     shutil.rmtree(Path(config.out) / ("model" if config.method == "full" else "adapter"))
-
-
-def start(config: sft.SFTConfig) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config.__dict__)], cwd=ROOT, env=environment)
-
-
-def wait_for_step(out: Path, step: int) -> None:
-    while len(read_metrics(out / "metrics.jsonl")) < step:
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -118,26 +92,16 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, tmp_path
     assert result_bytes(config.out) == result_bytes(whole.out)
 
 
-def test_runs_killed_at_random_moments_end_with_the_same_bytes(config, tmp_path):
-    """In training, in evaluation, while a checkpoint is written: each step does all three."""
-    steps = 10 + 8 * KILLS  # more than can pass before the last kill
-    config = replace(config, max_steps=steps, save_every=1, eval_data=config.data, eval_every=1)
+def test_a_run_killed_in_training_in_evaluation_and_in_a_checkpoint_ends_with_the_same_bytes(tmp_path):
+    """`python tests/kill_runs.py --runs 20` kills more of them."""
+    config = tiny_run(tmp_path)
     whole = replace(config, out=str(tmp_path / "whole"))
     sft.train(whole, quiet=True)
-    rng = random.Random(KILL_SEED)
-    process = start(config)
-    wait_for_step(Path(config.out), 1)
-    for _ in range(KILLS):
-        done = len(read_metrics(Path(config.out) / "metrics.jsonl"))
-        wait_for_step(Path(config.out), done + rng.randint(0, 3))
-        time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-        process = start(replace(config, resume=True))
-        wait_for_step(Path(config.out), done + 1)
-    assert process.wait() == 0
+    hits = kill_and_resume(config, PHASES, random.Random(0), tmp_path / "mark")
+    assert len(hits) == 3
     assert result_bytes(config.out) == result_bytes(whole.out)
-    assert [row["step"] for row in read_metrics(Path(config.out) / "metrics.jsonl")] == list(range(1, steps + 1))
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, config.max_steps + 1))
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors"])

@@ -12,7 +12,6 @@ m is 1 on the answers and their end token, 0 on prompts and padding. The three m
 """
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def train(config: SFTConfig, *, quiet: bool = False) -> Trained:
     out = Path(config.out)
     data, held_out = read_datasets(config)
     env = run_folder.environment(run_folder.rows_hash(data.rows))
-    run_folder.check(out, asdict(config), env, resume=config.resume)
+    run_folder.check(out, config, env, resume=config.resume)
 
     tokenizer = load_tokenizer(config.model).with_chat_template(config.chat_template)
     train_set = _encode(config, tokenizer, data)

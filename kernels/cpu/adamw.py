@@ -45,7 +45,7 @@ def _why_not_8bit(
 @register("adamw", "cpu", unless=_why_not_adamw)
 def adamw_cpu(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
     pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype], exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-    load().adamw(*pointers, p.numel(), ctypes.byref(_step(step)), torch.get_num_threads())
+    load().adamw(*pointers, p.numel(), ctypes.byref(_step(step)), _threads(step))
 
 
 @register("adamw_8bit", "cpu", unless=_why_not_8bit)
@@ -55,7 +55,11 @@ def adamw_8bit_cpu(
     pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype])
     state = (t.data_ptr() for t in (exp_avg, absmax, exp_avg_sq, absmax_sq))
     maps = [ctypes.byref(StateMap(*(t.data_ptr() for t in state_map(signed)))) for signed in (True, False)]
-    load().adamw_8bit(*pointers, *state, *maps, p.numel(), ctypes.byref(_step(step)), torch.get_num_threads())
+    load().adamw_8bit(*pointers, *state, *maps, p.numel(), ctypes.byref(_step(step)), _threads(step))
+
+
+def _threads(step: AdamWStep) -> int:
+    return step.threads or torch.get_num_threads()
 
 
 def _step(step: AdamWStep) -> Step:
