@@ -48,19 +48,28 @@ def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[
             said.append(f"held out     {_number(at['eval_loss'])} at step {at['step']}")
         said.append(f"skipped      {last.get('skipped', 0)} updates whose loss or gradient was not finite")
         said.append(f"peak memory  {last['peak_memory_bytes'] / 1e9:.2f} GB")
+        if "page_faults" in last:
+            faults = "{minor:,} minor, {major:,} major (read from a disk)".format(**last["page_faults"])
+            said.append(f"page faults  {faults}")
         if "paging" in last:
-            said += _paging(last["paging"])
+            said += _paging(last["paging"], rows[-2].get("paging") if len(rows) > 1 else None)
     said.append(f"checkpoints  {', '.join(path.name for path in checkpoints) or 'none'}")
     return said
 
 
-def _paging(counters: dict[str, Any]) -> list[str]:
-    return [
+def _paging(counters: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """The optimizer's pages: since the run began or was resumed, and in the last step."""
+    said = [
         "paging       {hits:,} hits, {misses:,} misses, waited {wait_seconds:.1f} s".format(**counters),
         "             in: {page_ins:,} pages, {bytes_in:,} bytes".format(**counters),
         "             out: {page_outs:,} pages, {bytes_out:,} bytes".format(**counters),
         "             now: {resident_bytes:,} bytes resident, {spilled_bytes:,} spilled".format(**counters),
     ]
+    if before is not None and before["misses"] <= counters["misses"]:  # not just resumed
+        step = {name: counters[name] - before[name] for name in ("hits", "misses", "bytes_in", "bytes_out")}
+        moved = "{hits:,} hits, {misses:,} misses, {bytes_in:,} bytes in, {bytes_out:,} out".format(**step)
+        said.append(f"             last step: {moved}")
+    return said
 
 
 def _number(value: float | None) -> str:

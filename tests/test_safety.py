@@ -174,13 +174,16 @@ def test_a_bad_step_changes_nothing_but_the_count(config, monkeypatch):
 
 def test_the_counters_are_in_the_metrics_and_are_shown(config, capsys):
     sft.train(config, quiet=True)
-    paging = read_metrics(Path(config.out) / "metrics.jsonl")[-1]["paging"]
+    before, last = read_metrics(Path(config.out) / "metrics.jsonl")[-2:]
+    paging = last["paging"]
     assert paging["page_ins"] > 8
     assert paging["resident_bytes"] == 2 * PAGE_BYTES
     assert qlora.main(["inspect", "run", config.out]) == 0
     said = capsys.readouterr().out
     assert f"{paging['misses']:,} misses" in said
     assert "checkpoints  step-000006, step-000008" in said
+    assert f"{paging['bytes_in'] - before['paging']['bytes_in']:,} bytes in" in said
+    assert f"{last['page_faults']['minor']:,} minor, {last['page_faults']['major']:,} major" in said
     assert "peak memory" in said
     assert "optimizer paged_adamw_8bit" in said
     assert qlora.main(["inspect", "run", str(Path(config.out).parent)]) == 2

@@ -1,15 +1,21 @@
-"""trainers/world.py: two processes (gloo, CPU) train as one with the same window: loss, gradients, metrics, files."""
+"""trainers/world.py: two processes of torchrun train as one with the same window: loss, gradients, metrics, files.
+
+They draw their dropout apart, and a stopped run of two goes on to the same bytes.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from commands import train
 from data import encode_dataset
 from data.schema import detect
 from data.sources import read_rows
@@ -23,7 +29,6 @@ from trainers.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EPS = torch.finfo(torch.float32).eps
-START = "import sys; from tests.test_world import train_as_rank; train_as_rank(*sys.argv[1:])"
 
 
 ALONE = {"batch_size": 2, "accumulation": 4}
@@ -40,15 +45,27 @@ def config_for(folder: Path, name: str, changes: dict) -> sft.SFTConfig:
     )  # fmt: skip
 
 
-def train_as_rank(folder: str, rank: str) -> None:
-    """Runs in a process of its own: for each way, a window's gradients into a file, then a whole run."""
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
-    for name, way in WAYS.items():
-        config = config_for(Path(folder), f"two-{name}", AS_TWO | way)
-        save_file(window_gradients(config), f"{folder}/{name}-{rank}.safetensors")
+def train_as_rank(folder: str) -> None:
+    """Runs in each process: for each way, a window's gradients into a file, then a whole run; then dropout."""
+    with world.joined():
+        for name, way in WAYS.items():
+            config = config_for(Path(folder), f"two-{name}", AS_TWO | way)
+            save_file(window_gradients(config), f"{folder}/{name}-{world.rank()}.safetensors")
+            train.run(config)
+        config = config_for(Path(folder), "two-dropout", AS_TWO | {"dropout": 0.2, "save_every": 2})
         sft.train(config, quiet=True)
-    torch.distributed.destroy_process_group()
+        save_file({"rng": torch.get_rng_state()}, f"{folder}/rng-{world.rank()}.safetensors")
+        world.wait_for_all()
+        if world.is_main():
+            stopped_after_two_steps(Path(config.out), Path(folder) / "two-again")
+        world.wait_for_all()
+        sft.train(replace(config, out=f"{folder}/two-again", resume=True), quiet=True)
+
+
+def stopped_after_two_steps(run: Path, copy: Path) -> None:
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-000004")
+    shutil.rmtree(copy / "adapter")
 
 
 def window_gradients(config: sft.SFTConfig) -> dict[str, torch.Tensor]:
@@ -84,13 +101,11 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_base(folder / "base")
     write_rows(folder / "rows.jsonl")
-    arguments = [[sys.executable, "-c", START, str(folder), str(rank)] for rank in range(2)]
-    processes = [subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for words in arguments]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*torchrun, __file__, str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if "4 steps in" in line]) == len(WAYS), "one rank speaks"
     return folder
 
 
@@ -123,3 +138,14 @@ def test_metrics_and_files_of_a_run(folder: Path, name: str) -> None:
     saved = json.loads((folder / f"two-{name}" / "config.json").read_text())["environment"]
     assert saved["world_size"] == 2
     assert (folder / f"two-{name}" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_ranks_draw_their_dropout_apart_and_a_resumed_run_draws_it_again(folder: Path) -> None:
+    states = [load_file(folder / f"rng-{rank}.safetensors")["rng"] for rank in range(2)]
+    assert not torch.equal(*states)
+    whole, again = ((folder / name / "adapter" / "adapter_model.safetensors") for name in ("two-dropout", "two-again"))
+    assert whole.read_bytes() == again.read_bytes()
+
+
+if __name__ == "__main__":
+    train_as_rank(sys.argv[1])

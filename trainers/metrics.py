@@ -26,6 +26,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def page_faults() -> dict[str, int]:
+    """What the system did to this process so far: minor faults found the page in memory, major ones read a disk."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {"minor": usage.ru_minflt, "major": usage.ru_majflt}
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, in order of step."""
 

@@ -11,7 +11,7 @@ is due, and stops the run where a signal asked for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from models import Decoder, Tokenizer
 from . import run_folder, world
 from .checkpoint import all_checkpoints, load_checkpoint, read_buffer, save_checkpoint
 from .flags import TrainerFlags
-from .metrics import MetricsFile, ProgressLine, Speed, peak_memory_bytes
+from .metrics import MetricsFile, ProgressLine, Speed, page_faults, peak_memory_bytes
 from .optimizers import paging
 from .prepare import load_trained
 from .safety import Skips, StopSignals
@@ -109,9 +109,11 @@ class Run:
         for line in (*lines, *(f"warning: {text}" for text in self.warned)):
             self.progress.say(line)
 
-    def steps_left(self) -> range:
+    def steps_left(self) -> Iterator[int]:
         """Numbers of the steps to come, from 0."""
-        return range(self.done, self.total_steps)
+        for step in range(self.done, self.total_steps):
+            world.seed_rank(self.flags.seed, step)
+            yield step
 
     def evaluation_is_due(self, step: int) -> bool:
         """After step `step`: every --eval-every steps, and at the end."""
@@ -136,11 +138,12 @@ class Run:
         row: dict[str, Any] = {"step": now, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate} | more
         row |= {"tokens": speed.tokens, "seconds": round(speed.seconds, 3)}
         row |= {"tokens_per_second": round(speed.tokens_per_second, 1), "peak_memory_bytes": peak_memory_bytes()}
-        row |= {"skipped": self.skips.total} | paging(self.optimizer)
+        row |= {"page_faults": page_faults(), "skipped": self.skips.total} | paging(self.optimizer)
         self.loss, self.eval_loss = loss, more.get("eval_loss", self.eval_loss)
         self.progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
         self.metrics.append(**row)
-        every, stopping = self.flags.save_every, self._stop.asked and now < self.total_steps
+        every = self.flags.save_every
+        stopping = world.any_in_world(self._stop.asked is not None) and now < self.total_steps
         if world.is_main() and (stopping or (every and now % every == 0)):
             self._save(now, buffer or {})
         if stopping:

@@ -38,7 +38,7 @@ class StopSignals:
     def interrupted(self, command: str, out: str | Path, step: int) -> Interrupted:
         """The error that ends the run: `qlora {command}` goes on with it."""
         return Interrupted(
-            f"stopped by {self.asked} after step {step}, which is saved; go on with: "
+            f"stopped by {self.asked or 'a signal to another rank'} after step {step}, which is saved; go on with: "
             f"qlora {command} --config {Path(out) / 'config.json'} --resume"
         )
 

@@ -1,10 +1,15 @@
 """The world: how many processes train together, and which one this is. Alone, every function here does nothing.
 
+    torchrun --nproc-per-node 2 qlora.py sft --data rows.jsonl --out runs/two
+
 Under torchrun each rank sees its share of a global batch. Losses are divided by the token count of the whole window
 over all ranks, so gradients are summed, not averaged. Files are written by rank 0 only.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,6 +17,19 @@ import torch.distributed as dist
 from torch import nn
 
 Row = TypeVar("Row")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes that torchrun started, and part from them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -39,6 +57,21 @@ def sum_over_world(value: float, device: torch.device | str = "cpu") -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
+
+
+def any_in_world(here: bool) -> bool:
+    """Whether it is so on any rank."""
+    return sum_over_world(float(here)) > 0
+
+
+def seed_rank(seed: int, step: int) -> None:
+    """Random numbers of this step (dropout) that are not those of another rank: a function of seed, rank and step.
+
+    Rank 0 goes on with the state that torch is in, which checkpoints keep.
+    """
+    if rank() > 0:
+        digest = hashlib.sha256(f"{seed} {rank()} {step}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def wait_for_all() -> None:
