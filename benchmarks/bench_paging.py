@@ -7,8 +7,8 @@ take turns. Beside the measured time stands the model's,
 
     model = max(compute, bytes moved / bandwidth)
 
-with compute the all-resident step's time, the bytes of one step from the exact counters, and the bandwidth measured by
-walking all pages through two frames with no work on them, one transfer at a time.
+with compute the time of a step with all resident, the bytes of one step from the exact counters, and the bandwidth of an
+arm that walks all pages through two frames with no work on them, one transfer at a time.
 """
 
 import sys
@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from optim.paged_adamw import PAGE_BYTES
 
 CPU = torch.device("cpu")
 BASE = "torch fused"
+TRANSPORT = "all pages out and in, no work"
 
 
 def main() -> None:
@@ -54,9 +54,11 @@ def main() -> None:
     ours = {share: paged(args, share) for share in map(float, args.shares.split(","))}
     arms: dict[str, Callable[[], Any]] = {} if args.no_peer else peers(args.elements, gradient)
     arms |= {arm_name(share): stepping(optimizer, gradient) for share, optimizer in ours.items()}
+    table = no_work(args)
+    arms[TRANSPORT] = lambda: [page for page, _ in table.walk(range(len(table.used)))]
     times = take_turns(arms, args.rounds)
     gate(ours)
-    bandwidth = measured_bandwidth(args, next(iter(ours.values())))
+    bandwidth = 1e3 * 2 * sum(table.used) / statistics.median(times[TRANSPORT])
     compute = statistics.median(times[arm_name(max(ours))])
     rows = [row(args, arm, taken, times, bandwidth, compute, ours) for arm, taken in times.items()]
     write_rows("paging", rows, key="key")
@@ -70,8 +72,7 @@ def arm_name(share: float) -> str:
 def paged(args: argparse.Namespace, share: float) -> PagedAdamW:
     """An optimizer of its own parameter, all of them alike."""
     p = nn.Parameter(torch.zeros(args.elements))
-    per_element = 8 if args.state_bits == 32 else 2 + 8 / 256
-    budget = None if share >= 1 else int(share * per_element * args.elements)
+    budget = None if share >= 1 else int(share * state_bytes(args))
     optimizer = PagedAdamW(
         [p], state_bits=args.state_bits, device_budget=budget, page_bytes=args.page_bytes, transport=transport(args),
         prefetch=not args.no_prefetch,
@@ -111,18 +112,18 @@ def gate(ours: dict[float, PagedAdamW]) -> None:
             raise ValueError(f"with {share:.0%} resident the parameters differ from those with another budget")
 
 
-def measured_bandwidth(args: argparse.Namespace, optimizer: PagedAdamW) -> float:
-    """Bytes a second through two frames, in and out, with nothing to do in between."""
-    table = PageTable([page.used for page in optimizer.pages], args.page_bytes, transport(args), budget=0)
-    rates = []
-    for _ in range(6):
-        before, start = table.stats.bytes_in + table.stats.bytes_out, time.perf_counter()
-        for _ in table.walk(range(len(table.used))):
+def state_bytes(args: argparse.Namespace) -> int:
+    return int(args.elements * (8 if args.state_bits == 32 else 2 + 8 / 256))
+
+
+def no_work(args: argparse.Namespace) -> PageTable:
+    """A table of as many pages as the state has, two of them resident: a walk takes each out and brings it back."""
+    sizes = [min(args.page_bytes, state_bytes(args) - at) for at in range(0, state_bytes(args), args.page_bytes)]
+    table = PageTable(sizes, args.page_bytes, transport(args), budget=0)
+    for _ in range(2):  # the first walks write to a file that has no bytes yet
+        for _ in table.walk(range(len(sizes))):
             pass
-        moved = table.stats.bytes_in + table.stats.bytes_out - before
-        rates.append(moved / (time.perf_counter() - start))
-    table.close()
-    return statistics.median(rates[2:])  # the first walks write to a file that has no bytes yet
+    return table
 
 
 def counters_of_a_step(optimizer: PagedAdamW) -> dict[str, Any]:
