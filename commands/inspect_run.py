@@ -31,8 +31,12 @@ def run(args: InspectRunArgs) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))["config"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} is not a run's config.json") from None
-    for line in lines(config, read_metrics(folder / "metrics.jsonl"), all_checkpoints(folder / "checkpoints")):
-        print(line)
+    rows = read_metrics(folder / "metrics.jsonl")
+    try:
+        said = lines(config, rows, all_checkpoints(folder / "checkpoints"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'metrics.jsonl'} is not a run's: {type(error).__name__} {error}") from None
+    print("\n".join(said))
 
 
 def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[Path]) -> list[str]:

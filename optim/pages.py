@@ -207,11 +207,8 @@ class PageTable:
                 arrival.victim_saved = True
             if leaving is not None:
                 leaving.future.result()
-            frame = arrival.frame[: self.used[arrival.page]]
             if arrival.reads:
-                self.transport.read(arrival.page, frame)
-            else:
-                frame.zero_()
+                self.transport.read(arrival.page, arrival.frame[: self.used[arrival.page]])
             arrival.future.set_result(None)
         except BaseException as error:
             arrival.future.set_exception(error)
@@ -242,6 +239,8 @@ class PageTable:
             self.free.append(arrival.frame)
         else:
             self.resident[page] = arrival.frame
+            if not arrival.reads:
+                arrival.frame[: self.used[page]].zero_()
             self.stats.page_ins += arrival.reads
             self.stats.bytes_in += self.used[page] * arrival.reads
         return error

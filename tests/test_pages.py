@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import re
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -117,22 +118,54 @@ def test_the_table_of_the_documentation(frames):
     assert f"| {' | '.join(map(str, cells))} |" in page.splitlines()
 
 
-def test_misses_apart_cost_no_waiting_where_misses_in_a_row_do(monkeypatch):
-    """12 pages of 4 ms work, 8 frames, 3 ms for a page in, 3 ms out, in one thread. EVEN misses 7: 42 ms of transport
-    beside 48 ms of work. MRU misses about one less, but in a row, and waits 2 ms for each. LRU misses all."""
-    monkeypatch.setattr("optim.pages.THREADS", 1)
-    waits = {}
+class Recorded(PageTable):
+    """Writes down what is used, and what begins to be brought."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.log: list[tuple[str, int]] = []
+
+    def _use(self, page):
+        self.log.append(("use", page))
+        return super()._use(page)
+
+    def _bring(self, page, *arguments, **options):
+        brought = super()._bring(page, *arguments, **options)
+        if brought:
+            self.log.append(("bring", page))
+        return brought
+
+
+def waiting(log: list[tuple[str, int]], work: float, transport: float) -> float:
+    """What one lane of transport keeps the work waiting, by a clock of our own: a use works after it has waited."""
+    now = lane = waited = 0.0
+    ready: dict[int, float] = {}
+    at_work = False
+    for what, page in log:
+        if what == "use":
+            now += work * at_work
+            wait = max(0.0, ready.pop(page, 0.0) - now)
+            now, waited, at_work = now + wait, waited + wait, True
+        else:
+            lane = ready[page] = max(lane, now) + transport
+    return waited
+
+
+@pytest.mark.parametrize(("n_pages", "frames", "lru", "mru"), [(12, 8, 24, 4), (16, 12, 32, 4), (40, 30, 80, 16)])
+def test_misses_apart_cost_no_waiting_where_misses_in_a_row_do(n_pages, frames, lru, mru):
+    """Work on a page: 4, transport out and in: 6. By the end of the third walk each does the same in every walk."""
+    waits, misses = {}, {}
     for policy in ("lru", "mru", "even"):
-        pages = table(12, 8, SlowTransport(latency=0.003), policy=policy)
-        for turn in range(4):
-            if turn == 1:
-                before = pages.stats.wait_seconds
-            for _ in pages.walk(range(12)):
-                time.sleep(0.004)
-        waits[policy] = pages.stats.wait_seconds - before
+        pages = Recorded([PAGE] * n_pages, PAGE, SlowTransport(), budget=frames * PAGE, policy=policy)
+        lengths = []
+        for _ in range(9):
+            walk(pages)
+            lengths.append(len(pages.log))
         pages.close()
-    assert waits["even"] < waits["mru"] < waits["lru"]
-    assert waits["lru"] > 3 * 12 * 0.002
+        waits[policy] = (waiting(pages.log, 4, 6) - waiting(pages.log[: lengths[2]], 4, 6)) / 6
+        misses[policy] = pages.stats.misses
+    assert misses["mru"] <= misses["even"] <= misses["lru"]
+    assert waits == {"lru": lru, "mru": mru, "even": 0}
 
 
 def test_all_resident_moves_nothing_and_never_opens_the_slow_tier():
@@ -176,19 +209,27 @@ def test_a_page_that_was_only_read_is_not_written_back():
     assert pages.stats.page_ins >= 8
 
 
-def test_the_next_page_is_brought_while_this_one_is_worked_on():
-    """A page takes 5 ms each way and is worked on for 20 ms: with ahead=1 nobody waits, with ahead=0 10 ms a page."""
-    waits = {}
-    for ahead in (1, 0):
-        pages = table(6, 0, SlowTransport(latency=0.005), ahead=ahead)
-        walk(pages)
-        before = pages.stats.wait_seconds
-        for _ in pages.walk(range(6)):
-            time.sleep(0.02)
-        waits[ahead] = pages.stats.wait_seconds - before
-        pages.close()
-    assert waits[0] >= 6 * 0.010
-    assert waits[1] < waits[0] / 3
+@pytest.mark.parametrize("frames", [2, 4])
+def test_the_next_pages_are_brought_while_this_one_is_worked_on(frames):
+    """Work on a page ends only when those after it, as many as there are frames for, have been read."""
+    read: list[int] = []
+    came = threading.Condition()
+
+    class Telling(SlowTransport):
+        def read(self, page, frame):
+            super().read(page, frame)
+            with came:
+                read.append(page)
+                came.notify()
+
+    pages = table(8, frames, Telling())
+    walk(pages)
+    walk(pages)
+    for at, _ in pages.walk(range(8)):
+        missing = [page % 8 for page in range(at + 1, at + 8) if page % 8 not in pages.staying][: pages.ahead]
+        with came:
+            assert came.wait_for(lambda: missing == read[-len(missing) :], timeout=60)  # noqa: B023
+    pages.close()
 
 
 def test_a_slow_device_takes_latency_and_bytes_over_bandwidth():

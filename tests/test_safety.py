@@ -102,6 +102,7 @@ def test_a_run_killed_in_training_in_evaluation_and_in_a_checkpoint_ends_with_th
     assert result_bytes(config.out) == result_bytes(whole.out)
     rows = read_metrics(Path(config.out) / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, config.max_steps + 1))
+    assert not list(Path(config.out).rglob(".*")), "nothing half-written is left"
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors"])
@@ -118,22 +119,101 @@ def test_one_wrong_bit_in_a_checkpoint_is_noticed(config, file, optimizer):
         sft.train(replace(config, resume=True), quiet=True)
 
 
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(config, monkeypatch):
     save = PagedAdamW.save_state
 
     def full(self, folder, names=None):
-        if "step-000004" in str(folder):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, folder, names)
+        full_disk() if "step-000004" in str(folder) else save(self, folder, names)
 
     monkeypatch.setattr(PagedAdamW, "save_state", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    message = (
+        r"checkpoints/step-000004 could not be written: No space left on device; step-000002 is whole; go on with: "
+    )
+    with pytest.raises(OSError, match=message + r"qlora sft --config \S+/config.json --resume$"):
         sft.train(config, quiet=True)
     monkeypatch.undo()
     folder = Path(config.out) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-000002"], "nothing half-written"
     sft.train(replace(config, resume=True), quiet=True)
     assert all_checkpoints(folder)[-1].name == "step-000008"
+
+
+@pytest.mark.parametrize(
+    ("function", "file", "then"),
+    [
+        ("trainers.results.save_model", "model", "step-000008 is whole; go on with: qlora sft"),
+        ("trainers.run.MetricsFile.append", "metrics.jsonl", "no checkpoint was saved before it"),
+        ("pathlib.Path.write_text", "config.json", ""),
+    ],
+)
+def test_a_disk_that_fills_elsewhere_is_one_line_that_names_the_file(config, monkeypatch, function, file, then):
+    with monkeypatch.context() as patch:
+        patch.setattr(function, full_disk)
+        with pytest.raises(OSError, match=rf"{file} could not be written: No space left on device(; )?{then}"):
+            sft.train(config, quiet=True)
+    if file == "model":
+        sft.train(replace(config, resume=True), quiet=True)
+        assert result_bytes(config.out)
+    assert not list(Path(config.out).glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(config):
+    sft.train(replace(config, max_steps=4), quiet=True)
+    unfinish(config)
+    last = Path(config.out) / "checkpoints" / "step-000004"
+    (last / "state.json").write_text("")
+    with pytest.raises(ValueError, match=rf"state.json cannot be read: .*; delete {last} to go on from step-000002"):
+        sft.train(replace(config, max_steps=4, resume=True), quiet=True)
+    shutil.rmtree(last)
+    assert sft.train(replace(config, max_steps=4, resume=True), quiet=True).result.steps == 4
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state(config, monkeypatch):
+    """Step 4 of a run that saves nothing by itself; what it leaves is what a run of 3 steps would have saved."""
+    config = replace(config, save_every=0, max_skipped=0)
+    whole = replace(config, save_every=3, out=f"{config.out}-whole")
+    sft.train(whole, quiet=True)
+    real, calls = sft.sft_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("inf") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(sft, "sft_loss", poisoned)
+    with pytest.raises(ValueError, match=r"loss is inf.*; step 3, the last good state, is in \S+/checkpoints$"):
+        sft.train(config, quiet=True)
+    kept, wanted = (Path(out) / "checkpoints" / "step-000003" for out in (config.out, whole.out))
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (kept / file).read_bytes() == (wanted / file).read_bytes()
+    rng = [json.loads((folder / "state.json").read_text())["torch_rng"] for folder in (kept, wanted)]
+    assert rng[0] == rng[1]
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_two_runs_with_one_seed_give_the_same_bytes_with_8bit_pages_too(config, method):
+    for name in "ab":
+        sft.train(replace(config, method=method, out=config.out + name), quiet=True)
+    assert result_bytes(f"{config.out}a") == result_bytes(f"{config.out}b")
+    checkpoints = [Path(config.out + name) / "checkpoints" / "step-000008" for name in "ab"]
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (checkpoints[0] / file).read_bytes() == (checkpoints[1] / file).read_bytes()
+
+
+@pytest.mark.parametrize("line", ['"x"', "[1]", '{"step": "9"}', "{"])
+def test_a_line_of_metrics_that_is_none_ends_them(config, line, capsys):
+    sft.train(replace(config, max_steps=4), quiet=True)
+    path = Path(config.out) / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    unfinish(config)
+    sft.train(replace(config, max_steps=4, resume=True), quiet=True)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    path.write_text('{"step": 1}\n')
+    assert qlora.main(["inspect", "run", config.out]) == 2
+    assert "metrics.jsonl is not a run's: KeyError 'seconds'" in capsys.readouterr().err
 
 
 def test_another_optimizer_is_another_run(config):

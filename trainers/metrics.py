@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .safety import write_aside
+
 PLAIN_LINES = 20  # how many lines a whole run prints when there is no terminal
 
 
@@ -42,9 +44,7 @@ class MetricsFile:
         self.last: dict[str, Any] = kept[-1] if kept else {}
         if not write:
             return
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, **row: Any) -> None:
         """A number that is not finite becomes null: JSON has no NaN."""
@@ -56,15 +56,18 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl, up to a line that is none: a kill or a full disk may have cut it short."""
     if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -138,6 +141,9 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, curves: Mapping[str, str
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return True

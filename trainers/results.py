@@ -15,13 +15,25 @@ from models import Decoder, Tokenizer, generate, save_model
 from .flags import TrainerFlags
 from .metrics import ProgressLine, plot_curves, read_metrics
 from .prepare import BASE
+from .run import go_on
+from .safety import write_aside, writing
 
 LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation"}
 
 
 def write_weights(flags: TrainerFlags, model: Decoder, tokenizer: Tokenizer, progress: ProgressLine) -> None:
-    """The adapter, in PEFT's format, or for method full the model, in transformers'; the tokenizer beside it."""
+    """The adapter, in PEFT's format, or for method full the model, in transformers'; the tokenizer beside it.
+
+    Raises OSError that says how to go on from the last checkpoint.
+    """
     out = Path(flags.out)
+    with writing(out / ("model" if flags.method == "full" else "adapter"), f"; {go_on(flags.TRAINER, out)}"):
+        _write_weights(flags, out, model, tokenizer, progress)
+
+
+def _write_weights(
+    flags: TrainerFlags, out: Path, model: Decoder, tokenizer: Tokenizer, progress: ProgressLine
+) -> None:
     if flags.method == "full":
         save_model(model, out / "model", tokenizer=tokenizer)
         progress.say(f"saved {out / 'model'}")
@@ -46,10 +58,7 @@ def write_plots(out: Path, plots: Mapping[str, tuple[Mapping[str, str], str]], p
 
 def write_samples(out: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """samples.jsonl: one JSON object a line."""
-    path = out / "samples.jsonl"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
-    temporary.replace(path)
+    write_aside(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
 
 
 def answers(model: Decoder, tokenizer: Tokenizer, held_out: Dataset, n: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from .flags import TrainerFlags
 from .metrics import MetricsFile, ProgressLine, Speed, page_faults, peak_memory_bytes
 from .optimizers import paging
 from .prepare import load_trained
-from .safety import Skips, StopSignals
+from .safety import Diverged, Skips, StopSignals, writing
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ class Run:
         self.done, self.speed, self.skips = 0, Speed(), Skips(flags.max_skipped)
         self.buffer: dict[str, Tensor] = {}
         """What the trainer gave `end_step` to keep, as the checkpoint had it."""
+        if flags.resume and world.is_main():
+            run_folder.clear_unfinished(self.out)
         if flags.resume and (found := all_checkpoints(self.out / "checkpoints")):
-            self.done, counters = load_checkpoint(found[-1], parameters, optimizer)
+            self.done, counters = _load_last(found, parameters, optimizer)
             self.buffer = read_buffer(found[-1])
             self.speed = Speed(counters["seconds"], counters["tokens"])
             self.skips = Skips(flags.max_skipped, counters["skipped"], counters["skipped_in_a_row"])
@@ -92,6 +94,8 @@ class Run:
         self.loss, self.eval_loss = number(self.metrics.last.get("loss")), self.metrics.last.get("eval_loss")
         self.progress = ProgressLine(total_steps, self.done, quiet=quiet or not world.is_main())
         self._stop = StopSignals()
+        self._good: tuple[int, Mapping[str, Tensor], Tensor] | None = None
+        """The last step that went well: its number, buffer and torch's RNG after it."""
 
     def __enter__(self) -> "Run":
         return self
@@ -99,6 +103,11 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.restore()
         self.progress.close()
+        if isinstance(error, Diverged) and world.is_main() and self._good is not None:
+            step, buffer, rng = self._good
+            torch.set_rng_state(rng)
+            self._save(step, buffer)
+            raise Diverged(f"{error}; step {step}, the last good state, is in {self.out / 'checkpoints'}") from None
 
     def introduce(self, model: Decoder, *lines: str) -> None:
         """Say how much of the model trains, then the lines, then the recipe's warnings."""
@@ -141,7 +150,9 @@ class Run:
         row |= {"page_faults": page_faults(), "skipped": self.skips.total} | paging(self.optimizer)
         self.loss, self.eval_loss = loss, more.get("eval_loss", self.eval_loss)
         self.progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second)
-        self.metrics.append(**row)
+        with writing(self.metrics.path, f"; {go_on(self.flags.TRAINER, self.out)}"):
+            self.metrics.append(**row)
+        self._good = (now, buffer or {}, torch.get_rng_state())
         every = self.flags.save_every
         stopping = world.any_in_world(self._stop.asked is not None) and now < self.total_steps
         if world.is_main() and (stopping or (every and now % every == 0)):
@@ -153,12 +164,32 @@ class Run:
         counters = {"seconds": self.speed.seconds, "tokens": self.speed.tokens}
         counters |= {"skipped": self.skips.total, "skipped_in_a_row": self.skips.in_a_row}
         folder, keep = self.out / "checkpoints", self.flags.keep_checkpoints
-        save_checkpoint(folder, step, self.parameters, self.optimizer, counters, keep, buffer=buffer)
+        with writing(folder / f"step-{step:06d}", f"; {go_on(self.flags.TRAINER, self.out)}"):
+            save_checkpoint(folder, step, self.parameters, self.optimizer, counters, keep, buffer=buffer)
 
     def result(self) -> RunResult:
         """How the run went, after its last step."""
         measured = (self.speed.seconds, self.speed.tokens_per_second, peak_memory_bytes())
         return RunResult(self.flags.out, self.total_steps, self.loss, self.eval_loss, *measured)
+
+
+def _load_last(
+    found: Sequence[Path], parameters: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """load_checkpoint of the last; where it fails, its error says which one is before it."""
+    try:
+        return load_checkpoint(found[-1], parameters, optimizer)
+    except ValueError as error:
+        before = f"; delete {found[-1]} to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise ValueError(f"{error}{before}") from None
+
+
+def go_on(command: str, out: Path) -> str:
+    """What a user can do after an error: how to go on, and from where."""
+    found = all_checkpoints(out / "checkpoints")
+    if not found:
+        return "no checkpoint was saved before it (--save-every)"
+    return f"{found[-1].name} is whole; go on with: qlora {command} --config {out / 'config.json'} --resume"
 
 
 def finished(flags: TrainerFlags, tokenizer: Tokenizer, last_row: Mapping[str, Any], *, quiet: bool = False) -> Trained:

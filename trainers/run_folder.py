@@ -11,8 +11,8 @@ runs/NAME/
 
 import hashlib
 import json
-import os
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -26,6 +26,7 @@ from . import world
 from .fingerprint import fingerprints
 from .flags import TrainerFlags
 from .metrics import read_metrics
+from .safety import write_aside, writing
 
 RESUMABLE = {"out", "resume", "save_every", "keep_checkpoints", "samples", "optimizer_budget", "optimizer_spill"}
 """Flags that may change between a run and its continuation: they do not touch a bit of the result."""
@@ -76,6 +77,13 @@ def create(out: Path, config: Mapping[str, Any], env: Mapping[str, Any], warning
         write_json(out / "config.json", parts)
 
 
+def clear_unfinished(out: Path) -> None:
+    """Delete what a killed run was writing aside (lora/files.py): nothing there has a name yet."""
+    for pattern in ("checkpoints/.step-*", ".adapter.*", ".model.*"):
+        for aside in out.glob(pattern):
+            shutil.rmtree(aside)
+
+
 def last_row_if_finished(out: Path, total_steps: int) -> dict[str, Any] | None:
     """The last row of metrics.jsonl, where that is of the last step and the result is saved."""
     rows = read_metrics(out / "metrics.jsonl")
@@ -84,10 +92,9 @@ def last_row_if_finished(out: Path, total_steps: int) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file aside and rename it into place."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file aside and rename it into place. Raises OSError that names it."""
+    with writing(path):
+        write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """What a run does when something comes between: SIGINT and SIGTERM finish the step and save it; a loss or a gradient
-that is not finite is skipped, a few times.
+that is not finite is skipped, a few times; a file that cannot be written is named.
 """
 
 import math
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from safetensors import SafetensorError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,6 +48,31 @@ class StopSignals:
         )
 
 
+@contextmanager
+def writing(path: Path, then: str = "") -> Iterator[None]:
+    """Raises OSError that names `path`, and says what then, where the system's error says only why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        raise OSError(f"{path} could not be written: {reason}{then}") from None
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it into place; after an error nothing of it is left. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Diverged(ValueError):
+    """Too many updates in a row were not finite."""
+
+
 class Skips:
     """Updates left out since loss or gradient norm was not finite. More than `allowed` in a row stop the run."""
 
@@ -50,13 +80,13 @@ class Skips:
         self.allowed, self.total, self.in_a_row = allowed, total, in_a_row
 
     def is_good(self, loss: float, grad_norm: float) -> bool:
-        """Whether to update. Raises ValueError when too many in a row were not."""
+        """Whether to update. Raises Diverged when too many in a row were not."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
         if self.in_a_row == self.allowed:
             after = f", after {self.in_a_row} updates skipped" if self.in_a_row else ""
-            raise ValueError(
+            raise Diverged(
                 f"training needs finite numbers: loss is {loss}, gradient norm {grad_norm}{after}; lower the rate"
             )
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
