@@ -150,7 +150,7 @@ def row(
         "prefetch": not args.no_prefetch,
     }
     measured: dict[str, Any] = dict.fromkeys(
-        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms", "over_model"), ""
+        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms"), ""
     )
     share = next((share for share in ours if arm == arm_name(share)), None)
     if share is not None:
@@ -159,7 +159,6 @@ def row(
         model = max(compute, 1e3 * moved / bandwidth)
         measured = {"share": share, "resident_bytes": ours[share].stats["resident_bytes"], "bytes_moved": moved}
         measured |= {"hits": step["hits"], "misses": step["misses"], "model_ms": f"{model:.1f}"}
-        measured |= {"over_model": f"{statistics.median(taken) / model:.2f}"}
     base = BASE if BASE in times else next(iter(times))
     ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
     fifths = statistics.quantiles(taken, n=5, method="inclusive")
