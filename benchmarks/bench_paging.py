@@ -56,7 +56,7 @@ def main() -> None:
     arms |= {arm_name(share): stepping(optimizer, gradient) for share, optimizer in ours.items()}
     table = no_work(args)
     arms[TRANSPORT] = lambda: [page for page, _ in table.walk(range(len(table.used)))]
-    times = take_turns(arms, args.rounds)
+    times = take_turns(arms, args.rounds, pause=0.02)
     gate(ours)
     bandwidth = 1e3 * 2 * sum(table.used) / statistics.median(times[TRANSPORT])
     compute = statistics.median(times[arm_name(max(ours))])

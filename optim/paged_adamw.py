@@ -105,8 +105,11 @@ class PagedAdamW(torch.optim.Optimizer):
         with_gradient = {i for i, parameter in enumerate(self.parameters) if parameter.grad is not None}
         for i in with_gradient:
             self.steps[i] += 1
+        threads = max(
+            1, torch.get_num_threads() - self._paged().movers
+        )  # one too many would wait, spinning, for a core
         for span, state in self._walk(with_gradient):
-            self._update(span, state, threads=max(1, torch.get_num_threads() - self._paged().moving))
+            self._update(span, state, threads)
         return loss
 
     def _update(self, span: Span, state: list[Tensor], threads: int) -> None:
