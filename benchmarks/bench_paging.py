@@ -7,8 +7,8 @@ take turns. Beside the measured time stands the model's,
 
     model = max(compute, bytes moved / bandwidth)
 
-with compute the time of a step with all resident, the bytes of one step from the exact counters, and the bandwidth of an
-arm that walks all pages through two frames with no work on them, one transfer at a time.
+with compute the time of a step with all resident, the bytes of one step from the exact counters, and the bandwidth of
+an arm that walks all pages through two frames with no work on them, one transfer at a time.
 """
 
 import sys
