@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test gpu-test gpu-bench lint bench clean
+.PHONY: demo test kill-test gpu-test gpu-bench lint bench clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -12,6 +12,10 @@ demo: .venv/run
 # One thread a worker: two workers with two threads each would wait for one another on two cores.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Twenty runs killed at random moments and resumed: all must end with the bytes of the undisturbed one.
+kill-test: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_runs.py --runs 20
 
 # Every Triton kernel on the GPU that is here; without one it says how many tests it left out.
 gpu-test: .venv/dev

@@ -39,11 +39,12 @@ def shapes_of(text: str) -> list[tuple[int, int]]:
     return [(int(n), int(k)) for n, k in (shape.split("x") for shape in text.split(","))]
 
 
-def take_turns(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round of every arm."""
+def take_turns(arms: dict[str, Callable[[], Any]], rounds: int, *, pause: float = 0.0) -> dict[str, list[float]]:
+    """Milliseconds of every round of every arm. pause: seconds before each, in which OpenMP's threads stop spinning."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(WARM_UP + rounds):
         for name, run in arms.items():
+            time.sleep(pause)
             start = time.perf_counter()
             run()
             if turn >= WARM_UP:

@@ -29,7 +29,7 @@ from .state_8bit import STATE_BITS, is_8bit, state_fields
 from .state_file import StateFile, write_state_file
 from .transport import FolderTransport, HostTransport, Transport, free_bytes
 
-PAGE_BYTES = 8 * 2**20  # a call of the C step wakes threads: with 2 MiB that costs about half of the step
+PAGE_BYTES = 4 * 2**20  # of larger ones fewer stay in the cache; of smaller ones each wakes its threads anew
 EVERYTHING = 2**62  # bytes: more than there are
 STATE_FILE = "optimizer.safetensors"
 NOT_HERE = ("amsgrad", "maximize", "differentiable")  # torch's options that change the update
@@ -105,8 +105,11 @@ class PagedAdamW(torch.optim.Optimizer):
         with_gradient = {i for i, parameter in enumerate(self.parameters) if parameter.grad is not None}
         for i in with_gradient:
             self.steps[i] += 1
+        threads = max(
+            1, torch.get_num_threads() - self._paged().movers
+        )  # one too many would wait, spinning, for a core
         for span, state in self._walk(with_gradient):
-            self._update(span, state, threads=max(1, torch.get_num_threads() - self._paged().moving))
+            self._update(span, state, threads)
         return loss
 
     def _update(self, span: Span, state: list[Tensor], threads: int) -> None:

@@ -113,9 +113,9 @@ class PageTable:
         return sum(self.used[page] for page in self.saved - set(self.resident))
 
     @property
-    def moving(self) -> int:
-        """How many threads move pages just now."""
-        return min(THREADS, sum(not arrival.future.done() for arrival in self._arrivals.values()))
+    def movers(self) -> int:
+        """Threads that move pages while others work on them."""
+        return THREADS if self.ahead and self.n_frames < len(self.used) else 0
 
     def counters(self) -> dict[str, Any]:
         """All of `stats`, and where the bytes are now."""

@@ -49,8 +49,8 @@ def train_step(
     tensors = [parameter for _, parameter in parameters]
     world.sum_gradients(tensors)
     grad_norm = float(nn.utils.clip_grad_norm_(tensors, max_grad_norm if max_grad_norm > 0 else math.inf))
-    set_learning_rate(optimizer, learning_rate)
     if (skips or Skips(allowed=0)).is_good(loss, grad_norm):
+        set_learning_rate(optimizer, learning_rate)
         optimizer.step()
     return loss, grad_norm
 
