@@ -199,6 +199,7 @@ def _products(target: int) -> Iterator[Case]:
         for config in configs.tiles(direction, family, 32):
             yield _product(f"{direction} 32", config, target)
     yield _product("decode", configs.FORWARD[family][0], target)
+    yield _product("backward decode", configs.BACKWARD[family][0], target)
     yield _product("forward fp16", configs.FORWARD[family][-1], target)
     yield _product("backward fp16", configs.BACKWARD[family][-1], target)
     yield _product("forward exact", configs.EXACT_FP32, target)
@@ -212,7 +213,7 @@ def _products(target: int) -> Iterator[Case]:
 
 
 def _product(name: str, config: Config, target: int) -> Case:
-    """name: a direction, and lora, exact (fp32), fp16, or 32 (blocks of 32)."""
+    """name: a direction, and lora, exact (fp32), fp16, 32 (blocks of 32), or decode (few rows: the sum in parts)."""
     backward = name.startswith("backward")
     kind = "fp32" if name.endswith("exact") else "fp16" if name.endswith("fp16") else "bf16"
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
@@ -222,7 +223,7 @@ def _product(name: str, config: Config, target: int) -> Case:
         "BLOCKSIZE": 32 if name.endswith("32") else 64,
         "DOUBLE": True,
         "HAS_LORA": name.endswith("lora"),
-        "SPLIT": 4 if name == "decode" else 1,
+        "SPLIT": 4 if name.endswith("decode") else 1,
         "BM": config.BM,
         "BN": config.BN,
         "BK": config.BK,
