@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from .compile_check import Row, target_name
 from .sass import main_loop, parse, pipes
-from .triton import configs, dequantize, linear_cross_entropy, matmul, matmul_kernels, quantize
+from .triton import adamw, configs, dequantize, linear_cross_entropy, matmul, matmul_kernels, quantize
 from .triton.configs import Config
 from .triton.launch import EXACT, levels_of
 from .triton.lookup import scaled_asm, words_asm
@@ -113,7 +113,7 @@ def tool(name: str, *arguments: object, folder: str | None = None) -> str:
 
 def cases(target: int, only: str = "") -> Iterator[Case]:
     """Every kernel that a GPU of this kind could be given, in whose name and tile `only` is found."""
-    every = [*_dequantize(target), *_quantize(target), *_products(target), *_cross_entropy(target)]
+    every = [*_dequantize(target), *_quantize(target), *_products(target), *_cross_entropy(target), *_adamw(target)]
     return (case for case in every if re.search(only, f"{case.name} {case.config}"))
 
 
@@ -157,6 +157,20 @@ def _quantize(target: int) -> Iterator[Case]:
         "blocks of 64",
         not_divisible=(),
     )
+
+
+def _adamw(target: int) -> Iterator[Case]:
+    """fp32 parameters with fp32 gradients, and the GPU's 16-bit kind with its own."""
+    numbers = {"n": "i32"} | dict.fromkeys(adamw.NUMBERS, "fp32")
+    maps = dict.fromkeys(("m_absmax", "v_absmax", "m_level", "m_threshold", "v_level", "v_threshold"), "*fp32")
+    for kind in ("fp32", "fp16" if target == 75 else "bf16"):
+        pointers = dict.fromkeys(("p", "g"), f"*{kind}")
+        for name, kernel, moments, block in (
+            ("adamw", adamw.adamw_kernel, dict.fromkeys("mv", "*fp32"), adamw.BLOCK),
+            ("adamw 8-bit", adamw.adamw_8bit_kernel, dict.fromkeys("mv", "*u8") | maps, adamw.STATE_BLOCK),
+        ):
+            signature = pointers | moments | numbers
+            yield Case(name, kernel, signature, {"BLOCK": block}, f"{kind} p", not_divisible=("n",))
 
 
 def _cross_entropy(target: int) -> Iterator[Case]:
