@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from .compile_check import Row, target_name
 from .sass import main_loop, parse, pipes
-from .triton import configs, dequantize, linear_cross_entropy, matmul, matmul_kernels, quantize
+from .triton import adamw, configs, dequantize, linear_cross_entropy, matmul, matmul_kernels, quantize
 from .triton.configs import Config
 from .triton.launch import EXACT, levels_of
 from .triton.lookup import scaled_asm, words_asm
@@ -113,7 +113,7 @@ def tool(name: str, *arguments: object, folder: str | None = None) -> str:
 
 def cases(target: int, only: str = "") -> Iterator[Case]:
     """Every kernel that a GPU of this kind could be given, in whose name and tile `only` is found."""
-    every = [*_dequantize(target), *_quantize(target), *_products(target), *_cross_entropy(target)]
+    every = [*_dequantize(target), *_quantize(target), *_products(target), *_cross_entropy(target), *_adamw(target)]
     return (case for case in every if re.search(only, f"{case.name} {case.config}"))
 
 
@@ -159,6 +159,20 @@ def _quantize(target: int) -> Iterator[Case]:
     )
 
 
+def _adamw(target: int) -> Iterator[Case]:
+    """fp32 parameters with fp32 gradients, and the GPU's 16-bit kind with its own."""
+    numbers = {"n": "i32"} | dict.fromkeys(adamw.NUMBERS, "fp32")
+    maps = dict.fromkeys(("m_absmax", "v_absmax", "m_level", "m_threshold", "v_level", "v_threshold"), "*fp32")
+    for kind in ("fp32", "fp16" if target == 75 else "bf16"):
+        pointers = dict.fromkeys(("p", "g"), f"*{kind}")
+        for name, kernel, moments, block in (
+            ("adamw", adamw.adamw_kernel, dict.fromkeys("mv", "*fp32"), adamw.BLOCK),
+            ("adamw 8-bit", adamw.adamw_8bit_kernel, dict.fromkeys("mv", "*u8") | maps, adamw.STATE_BLOCK),
+        ):
+            signature = pointers | moments | numbers
+            yield Case(name, kernel, signature, {"BLOCK": block}, f"{kind} p", not_divisible=("n",))
+
+
 def _cross_entropy(target: int) -> Iterator[Case]:
     """Forward and dz, dense and 4-bit head. None where a GPU's tensor cores cannot be used: the reference runs it."""
     if target == 75:
@@ -199,6 +213,7 @@ def _products(target: int) -> Iterator[Case]:
         for config in configs.tiles(direction, family, 32):
             yield _product(f"{direction} 32", config, target)
     yield _product("decode", configs.FORWARD[family][0], target)
+    yield _product("backward decode", configs.BACKWARD[family][0], target)
     yield _product("forward fp16", configs.FORWARD[family][-1], target)
     yield _product("backward fp16", configs.BACKWARD[family][-1], target)
     yield _product("forward exact", configs.EXACT_FP32, target)
@@ -212,7 +227,7 @@ def _products(target: int) -> Iterator[Case]:
 
 
 def _product(name: str, config: Config, target: int) -> Case:
-    """name: a direction, and lora, exact (fp32), fp16, or 32 (blocks of 32)."""
+    """name: a direction, and lora, exact (fp32), fp16, 32 (blocks of 32), or decode (few rows: the sum in parts)."""
     backward = name.startswith("backward")
     kind = "fp32" if name.endswith("exact") else "fp16" if name.endswith("fp16") else "bf16"
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
@@ -222,7 +237,7 @@ def _product(name: str, config: Config, target: int) -> Case:
         "BLOCKSIZE": 32 if name.endswith("32") else 64,
         "DOUBLE": True,
         "HAS_LORA": name.endswith("lora"),
-        "SPLIT": 4 if name == "decode" else 1,
+        "SPLIT": 4 if name.endswith("decode") else 1,
         "BM": config.BM,
         "BN": config.BN,
         "BK": config.BK,

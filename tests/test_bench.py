@@ -16,7 +16,7 @@ def test_backends_are_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_benchmark_is_refused_with_the_names_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert qlora.main(["bench", "nothing"]) == 2
-    assert "no benchmark 'nothing': there are backends, compile, " in capsys.readouterr().err
+    assert "no benchmark 'nothing': there are backends, autotune, compile, " in capsys.readouterr().err
 
 
 def test_flags_are_passed_on_and_a_failure_is_told(tmp_path, monkeypatch, capfd) -> None:

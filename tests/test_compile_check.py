@@ -18,8 +18,17 @@ from kernels.compile_check import Row, check
 from kernels.sass import main_loop, parse, pipes
 from kernels.triton.configs import SHARED_MEMORY
 
-SHIPPED = "dequantize words|decode|^(forward|backward)( lora)? 64x128"
-BUDGET = {80: {"dequantize words": 7.5, "forward": 8.6, "backward": 11.5, "decode": 8.0}}
+SHIPPED = "dequantize words|dequantize gather bf16|decode|^(forward|backward)( lora)? 64x128"
+BUDGET = {
+    80: {
+        "dequantize words": 7.5,
+        "dequantize gather": 15.0,
+        "forward": 8.6,
+        "backward": 11.5,
+        "decode": 8.0,
+        "backward decode": 8.0,
+    }
+}
 BUDGET[90] = BUDGET[80] | {"forward": 6.9, "backward": 8.2}
 LORA_MAY_ADD = 0.15
 
@@ -31,7 +40,7 @@ def compiled(request: pytest.FixtureRequest) -> tuple[int, list[Row]]:
 
 def test_every_kernel_compiles_without_spills_and_fits(compiled: tuple[int, list[Row]]) -> None:
     target, rows = compiled
-    assert len(rows) == 6
+    assert len(rows) == 8
     for row in rows:
         assert row.status == "ok", row
         assert (row.spills, row.stack) == (0, 0), row
@@ -41,7 +50,7 @@ def test_every_kernel_compiles_without_spills_and_fits(compiled: tuple[int, list
 
 def test_products_use_tensor_cores(compiled: tuple[int, list[Row]]) -> None:
     for row in compiled[1]:
-        assert (row.tensor > 0) == (row.kernel != "dequantize words"), row
+        assert (row.tensor > 0) == (not row.kernel.startswith("dequantize")), row
 
 
 def test_instructions_per_weight_stay_within_budget(compiled: tuple[int, list[Row]]) -> None:

@@ -1,4 +1,5 @@
-"""kernels/adamw: the C step on every instruction set against float64; the 8-bit codes against the exact definition."""
+"""kernels/adamw: the C step on every instruction set and Triton's in its interpreter against float64; the 8-bit codes
+against the exact definition."""
 
 from __future__ import annotations
 
@@ -20,13 +21,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 USABLE = library.usable_isas(library.build()) if library.why_missing() is None else ()
+try:
+    from kernels.triton import launch
+except ImportError:  # Linux only
+    TRITON = []
+else:
+    TRITON = ["triton"] if launch.interpreted() else []
 
 
-@pytest.fixture(params=[*USABLE, "reference"])
+@pytest.fixture(params=[*USABLE, *TRITON, "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param != "reference":
+    if request.param in USABLE:
         monkeypatch.setenv("QLORA_CPU_ISA", request.param)
-    with use_backend("reference" if request.param == "reference" else "cpu"):
+    with use_backend("cpu" if request.param in USABLE else request.param):
         yield request.param
 
 

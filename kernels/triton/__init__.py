@@ -6,6 +6,7 @@
     lora_matmul.py      the fused layer and its gradients
     quantize.py         nearest code of each weight
     linear_cross_entropy.py   output layer and loss
+    adamw.py            the optimizer's step, 32-bit and 8-bit state
     configs.py, autotune.py   tile shapes by GPU, and which is fastest
     launch.py           a weight as kernel arguments
 
@@ -13,9 +14,9 @@ They run on GPU tensors, and on CPU tensors in Triton's interpreter (TRITON_INTE
 """
 
 from ..dispatch import register_backend
-from . import dequantize, linear_cross_entropy, lora_matmul, matmul, quantize
+from . import adamw, dequantize, linear_cross_entropy, lora_matmul, matmul, quantize
 from .launch import describe, why_missing
 
-__all__ = ["dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "quantize"]
+__all__ = ["adamw", "dequantize", "linear_cross_entropy", "lora_matmul", "matmul", "quantize"]
 
 register_backend("triton", why_missing, describe)

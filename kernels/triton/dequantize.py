@@ -80,14 +80,16 @@ def gather_kernel(
     ROWS: tl.constexpr,
 ):
     """A program: ROWS blocks. The last block, and the last byte, may be cut short."""
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-    codes = tl.load(packed + byte, byte < (n + 1) // 2, other=0)
-    last = (n - 1) // BLOCKSIZE
-    scale = block_scales(tl.minimum(block, last), absmax, absmax_code, absmax2, absmax_offset, DOUBLE)
+    first = tl.program_id(0).to(tl.int64) * ROWS  # from here on, 32-bit offsets do
+    left = tl.minimum(n - first * BLOCKSIZE, ROWS * BLOCKSIZE).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    byte = row[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    codes = tl.load(packed + first * (BLOCKSIZE // 2) + byte, byte < (left + 1) // 2, other=0)
+    block = first + tl.minimum(row, (left - 1) // BLOCKSIZE)
+    scale = block_scales(block, absmax, absmax_code, absmax2, absmax_offset, DOUBLE)
     weight = gather_codes(codes, code) * scale[:, None]
-    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    tl.store(out + at, rounded(weight, out.dtype.element_ty), at < n)
+    at = row[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out + first * BLOCKSIZE + at, rounded(weight, out.dtype.element_ty), at < left)
 
 
 @register("dequantize", "triton")

@@ -11,7 +11,9 @@ that a tile of BK ≤ block size columns needs one scale a row. M and N are any.
 within the accuracy of x.dtype; lookup.py says how the weight is rounded on the way. Accumulation is in fp32.
 
 Small M (decoding) does not fill a GPU with tiles: the sum is cut into SPLIT parts, each to its own fp32 slice of a
-workspace, added in order by `reduce_kernel`. No atomics: equal inputs give equal bits.
+workspace, added in order by `reduce_kernel`. No atomics: equal inputs give equal bits. 1 to 16 rows take the tile of
+16, forward and backward: a tensor core multiplies 16 rows at once whatever they hold, which is a small part of what
+looking a weight up costs (compile.csv), so a kernel for fewer rows would have nothing to save.
 """
 
 import triton
