@@ -91,17 +91,21 @@ INLINE void copy_up_tile(const product *p, int64_t j0, int64_t outputs, int64_t 
             memcpy(tile + j * ROW_STEP, p->up + (j0 + j) * p->r + t0, 4 * (size_t)steps);
 }
 
-/* acc → y[row][j0 …], a row at a time. */
+/* acc → y[row][j0 …], transposed back a panel at a time. */
 static void write_tile(const product *p, const float *acc, int64_t j0, int64_t outputs, int64_t all_outputs,
                        int64_t row0, int64_t rows) {
-    float line[OUT];
-    for (int64_t i = 0; i < rows; i++) {
-        const float *sums = acc + (i / PANEL) * TILE_OUT * PANEL + i % PANEL;
-        for (int64_t j = 0; j < outputs; j++)
-            line[j] = sums[(j / TILE_OUT) * TILE_OUT * panels_of(rows) * PANEL + (j % TILE_OUT) * PANEL];
-        if (p->bias)
-            for (int64_t j = 0; j < outputs; j++) line[j] += p->bias[j0 + j];
-        write_row(line, outputs, p->y, p->dtype, (row0 + i) * all_outputs + j0);
+    float lines[PANEL][OUT];
+    for (int64_t panel = 0; panel < panels_of(rows); panel++) {
+        for (int64_t j = 0; j < outputs; j += TILE_OUT) {
+            const float *sums = acc + j * panels_of(rows) * PANEL + panel * TILE_OUT * PANEL;
+            for (int i = 0; i < PANEL; i++)
+                for (int t = 0; t < TILE_OUT; t++) lines[i][j + t] = sums[t * PANEL + i];
+        }
+        for (int64_t i = 0; i < smaller(PANEL, rows - panel * PANEL); i++) {
+            if (p->bias)
+                for (int64_t j = 0; j < outputs; j++) lines[i][j] += p->bias[j0 + j];
+            write_row(lines[i], outputs, p->y, p->dtype, (row0 + panel * PANEL + i) * all_outputs + j0);
+        }
     }
 }
 

@@ -17,7 +17,7 @@ typedef struct {
 
 enum {
     PANEL = 2 * LANES,       /* rows of x side by side, so that one load takes LANES of them */
-    REDUCE = 256,            /* length of a reduction step: a panel of x, 16 KiB with AVX2, stays in the L1 cache */
+    REDUCE = LANES == 16 ? 128 : 256, /* steps of the reduction at a time: a panel of x, 16 KiB, stays in the L1 cache */
     OUT = 96,                /* outputs a tile: a multiple of TILE_OUT, and of the 32 weights decoded at once */
     ROWS = 512,              /* rows of x a sweep over the weight: what decoding is shared by */
     ROW_STEP = REDUCE + 16,  /* between rows of a decoded tile: not a power of two, or they would share cache sets */
