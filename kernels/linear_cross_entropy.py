@@ -9,9 +9,10 @@
 
 Rows go through in chunks. At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much
 again; a chunk is 32 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
-for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. A head
-that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits of a chunk
-again.
+for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
+head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
+another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
+of a chunk again.
 """
 
 import math
@@ -27,6 +28,8 @@ from .dispatch import backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
 
 CHUNK_BYTES = 1 << 25
+VOCABULARY_BLOCK = 1024  # columns of the logits a product fills: MKL packs W, and a block of it (2.4 MB) stays in cache
+CACHED_ROWS = 8  # rows of logits the softmax passes over at a time, for the same reason
 
 
 class Head(NamedTuple):
@@ -137,7 +140,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         entropy = torch.zeros_like(nll)
         ctx.head_is_frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[3:])
         slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
-        for rows in _chunks(len(targets), options.head.weight.shape[0]):
+        chunks = _chunks(len(targets), options.head.weight.shape[0])
+        in_place = slope is not None and _is_plain(options, hidden)
+        buffer = _logits_buffer(chunks, options.head.weight) if in_place else None
+        for rows in chunks:
+            if in_place:
+                _plain_chunk(hidden[rows], targets[rows], options, buffer, nll[rows], entropy[rows], slope[rows])
+                continue
             x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
             with torch.set_grad_enabled(ctx.head_is_frozen):
                 z = _logits(x, options.head, options)
@@ -176,6 +185,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     (total[rows] if i == 0 else total).add_(next(grads))
         grads_out = [None if t is None else t.to(s.dtype) for t, s in zip(totals, sources, strict=True)]
         return grads_out[0], None, None, *grads_out[1:]
+
+
+def _is_plain(options: _Options, hidden: Tensor) -> bool:
+    """Whether the logits are x · Wᵀ / τ, in the dtype they are wanted in."""
+    weight, adapters, bias = options.head
+    wide = isinstance(weight, Tensor) and weight.dtype == hidden.dtype in (torch.float32, torch.float64)
+    return wide and not adapters and bias is None and options.softcap is None
+
+
+def _logits_buffer(chunks: list[slice], weight: Tensor) -> Tensor | None:
+    return weight.new_empty(chunks[0].stop, weight.shape[0]) if chunks else None
+
+
+def _plain_chunk(
+    x: Tensor, targets: Tensor, options: _Options, buffer: Tensor, nll: Tensor, entropy: Tensor, slope: Tensor
+) -> None:
+    """Fill nll (m,), entropy (m,) if it is wanted, and slope = dnll/dx (m, D), with the logits in `buffer`."""
+    weight, z = options.head.weight, buffer[: len(x)]
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        torch.mm(x, weight[block].T, out=z[:, block])
+    for start in range(0, len(x), CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        p = z[rows].div_(options.temperature)
+        shifted = p.sub_(p.amax(dim=1, keepdim=True))
+        at_target = shifted.gather(1, targets[rows, None]).view(-1)
+        unscaled = (shifted.exp() * shifted).sum(dim=1) if options.with_entropy else None
+        total = shifted.exp_().sum(dim=1)
+        nll[rows] = total.log() - at_target
+        if unscaled is not None:
+            entropy[rows] = total.log() - unscaled / total
+        _minus_onehot(p.div_(total[:, None]), targets[rows])
+    torch.mm(z, weight, out=slope).div_(options.temperature)
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:
