@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quant import QuantizedTensor
 
+from .buffers import empty
 from .dispatch import backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
 
@@ -141,12 +142,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.head_is_frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[3:])
         slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
         chunks = _chunks(len(targets), options.head.weight.shape[0])
-        in_place = slope is not None and _is_plain(options, hidden)
-        buffer = _logits_buffer(chunks, options.head.weight) if in_place else None
+        plain = _plain_weight(options.head, options.softcap, hidden)
+        if slope is not None and plain is not None and chunks:
+            buffer = empty((chunks[0].stop, len(plain)), plain.dtype, plain.device)
+            for rows in chunks:
+                outputs = nll[rows], entropy[rows], slope[rows]
+                _plain_chunk(hidden[rows], plain, targets[rows], options, buffer, *outputs)
+            chunks = []
         for rows in chunks:
-            if in_place:
-                _plain_chunk(hidden[rows], targets[rows], options, buffer, nll[rows], entropy[rows], slope[rows])
-                continue
             x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
             with torch.set_grad_enabled(ctx.head_is_frozen):
                 z = _logits(x, options.head, options)
@@ -187,22 +190,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grads_out[0], None, None, *grads_out[1:]
 
 
-def _is_plain(options: _Options, hidden: Tensor) -> bool:
-    """Whether the logits are x · Wᵀ / τ, in the dtype they are wanted in."""
-    weight, adapters, bias = options.head
-    wide = isinstance(weight, Tensor) and weight.dtype == hidden.dtype in (torch.float32, torch.float64)
-    return wide and not adapters and bias is None and options.softcap is None
-
-
-def _logits_buffer(chunks: list[slice], weight: Tensor) -> Tensor | None:
-    return weight.new_empty(chunks[0].stop, weight.shape[0]) if chunks else None
+def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor | None:
+    """W, where the logits are nothing but x · Wᵀ / τ, in the dtype they are wanted in."""
+    weight, adapters, bias = head
+    if not isinstance(weight, Tensor) or adapters or bias is not None or softcap is not None:
+        return None
+    return weight.detach() if weight.dtype == hidden.dtype in (torch.float32, torch.float64) else None
 
 
 def _plain_chunk(
-    x: Tensor, targets: Tensor, options: _Options, buffer: Tensor, nll: Tensor, entropy: Tensor, slope: Tensor
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: _Options,
+    buffer: Tensor,
+    nll: Tensor,
+    entropy: Tensor,
+    slope: Tensor,
 ) -> None:
     """Fill nll (m,), entropy (m,) if it is wanted, and slope = dnll/dx (m, D), with the logits in `buffer`."""
-    weight, z = options.head.weight, buffer[: len(x)]
+    z = buffer[: len(x)]
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])

@@ -45,7 +45,7 @@ from .attention import (
     rope_tables,
 )
 from .config import DecoderConfig
-from .elementwise import apply_rope, rms_norm, swiglu
+from .elementwise import add, apply_rope, rms_norm, swiglu
 from .kv_cache import KVCache
 from .recompute import recomputed
 
@@ -150,10 +150,10 @@ class DecoderLayer(nn.Module):
         first, second = in_use(self.input_layernorm), in_use(self.post_attention_layernorm)
         h = first(x)
         with recomputed(h, lambda: first(x), when=shared.lean):
-            y = x + self.self_attn(h, shared)
+            y = add(x, self.self_attn(h, shared))
         h = second(y)
         with recomputed(h, lambda: second(y), when=shared.lean):
-            return y + self.mlp(h, shared)
+            return add(y, self.mlp(h, shared))
 
 
 class Body(nn.Module):

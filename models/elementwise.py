@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rope with their backwards by hand, so that each keeps its inputs and nothing in between.
+"""RMSNorm, SwiGLU, rope and the sum with their backwards by hand: each keeps its inputs and nothing in between.
 
     rms_norm   y  = x · ρ ⊙ g                    ρ = 1 / √(mean(x²) + ε), one a row      (arXiv 1910.07467, eq. 4)
                dx = ρ · (u - x̂ · mean(u ⊙ x̂))    x̂ = x · ρ,  u = dy ⊙ g
@@ -7,16 +7,19 @@
                db = dy ⊙ silu(a)
                da = dy ⊙ b ⊙ σ(a) · (1 + a · (1 - σ(a)))
     rope       y  = R(θ) x                       a rotation, so its transpose turns back: dx = R(-θ) dy
+    add        z  = x + y                        the residual stream: dx = dy = dz
 
 Autograd would keep every intermediate: for swiglu two more tensors as large as its inputs. Computed in fp32, rounded
-once to the dtype of the input. Rope is linear: it keeps only its angles.
+once to the dtype of the input. Rope is linear: it keeps only its angles; the sum keeps nothing. Results, and what is
+needed on the way, lie in kernels.buffers, and are worked on in place.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from kernels.buffers import empty_like
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,24 +40,41 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of equal shape and dtype: the residual stream, kept by every layer."""
+    return _Add.apply(x, y)
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(x, y, out=empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        rho = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rho = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, rho)
-        return (wide * rho).mul_(weight).to(x.dtype)
+        y = torch.mul(x, rho, out=empty_like(x, torch.float32))
+        return y.mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rho = ctx.saved_tensors
-        x_hat = x.float() * rho
-        u = dy.float() * weight
+        x_hat = torch.mul(x, rho, out=empty_like(x, torch.float32))
         dx = dg = None
-        if ctx.needs_input_grad[0]:
-            dx = ((u - x_hat * (u * x_hat).mean(dim=-1, keepdim=True)) * rho).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dg = (dy.float() * x_hat).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            u = torch.mul(dy, weight, out=empty_like(x, torch.float32))
+            along = torch.mul(u, x_hat, out=empty_like(x, torch.float32)).mean(dim=-1, keepdim=True)
+            dx = u.sub_(x_hat.mul_(along)).mul_(rho).to(x.dtype)
         return dx, dg, None
 
 
@@ -62,14 +82,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate.float()).mul_(up).to(gate.dtype)
+        y = torch.sigmoid(gate.float(), out=empty_like(gate, torch.float32))
+        return y.mul_(gate).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = (t.float() for t in ctx.saved_tensors)
-        s = torch.sigmoid(gate)
-        d_up = dy * gate * s
-        d_gate = (1 - s).mul_(gate).add_(1).mul_(s).mul_(up).mul_(dy)
+        gate, up = ctx.saved_tensors
+        s = torch.sigmoid(gate.float(), out=empty_like(gate, torch.float32))
+        d_gate = torch.mul(s, -1, out=empty_like(gate, torch.float32)).add_(1).mul_(gate).add_(1)
+        d_gate.mul_(s).mul_(up).mul_(dy)
+        d_up = s.mul_(gate).mul_(dy)
         return d_gate.to(dy.dtype), d_up.to(dy.dtype)
 
 
@@ -87,4 +109,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    y = empty_like(x, torch.float32)
+    y_first, y_second = y.chunk(2, dim=-1)
+    torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=y_second).addcmul_(first, sin)
+    return y.to(x.dtype)

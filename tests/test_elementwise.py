@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.attention import rope_tables
-from models.elementwise import apply_rope, rms_norm, swiglu
+from models.elementwise import add, apply_rope, rms_norm, swiglu
 from models.recompute import recomputed
 from tests.accuracy import assert_as_accurate_as, leaf
 
@@ -27,6 +27,7 @@ COS, SIN = rope_tables(torch.arange(7)[None], torch.tensor([1.0, 0.3, 0.05]), 1.
 CASES = {
     "rms_norm": (lambda x, g: rms_norm(x, g, 1e-5), rms_plain, [(3, 7, 10), (10,)]),
     "swiglu": (swiglu, lambda a, b: F.silu(a) * b, [(3, 7, 10), (3, 7, 10)]),
+    "add": (add, torch.add, [(3, 7, 10), (3, 7, 10)]),
     "apply_rope": (
         lambda x: apply_rope(x, COS, SIN),
         lambda x: rotate_plain(x, COS.to(x.dtype), SIN.to(x.dtype)),

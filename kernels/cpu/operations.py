@@ -23,6 +23,7 @@ from quant.codebook import codebook, dynamic_map
 from quant.double_quant import BLOCKSIZE2
 from quant.tensor import shared_map
 
+from ..buffers import empty
 from ..dispatch import register, register_backend
 from ..quantize import FOUR_BIT_TYPES
 from .library import DTYPES, Nearest, Product, load, weight, why_missing, why_not, why_not_weight, workspace
@@ -139,7 +140,7 @@ def _product(
     name: str, x: Tensor, q: QuantizedTensor, outputs: int, bias: Tensor | None, low: Tensor | None, up: Tensor | None
 ) -> Tensor:
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    y = empty((*x.shape[:-1], outputs), x.dtype)
     M = y.numel() // outputs
     if M == 0:
         return y
