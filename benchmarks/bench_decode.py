@@ -2,12 +2,14 @@
 
     prompts of 40 tokens (the demo's task), 64 new tokens each, no stop token, fp32 activations
 
-Arms take turns in one process. Before any time counts, the logits after the prompts must agree with the peer's; `same`
-then says how many of our completions are the peer's to the last id. Columns of the CSV:
+Arms take turns in one process, from the same 4-bit codes. In eval mode and on processors with AVX512-BF16, bitsandbytes
+repacks its weights and multiplies in bf16, whatever its compute dtype says; in train mode it multiplies in fp32, as we
+do. Both are timed. Before any time counts, our logits must agree with the latter's; `same` then says how many
+completions are its to the last id. Columns of the CSV:
 
     tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
     prefill_ms          from the call to the first tokens
-    ratio               our tokens_per_second over the peer's in the same round, median
+    ratio, ratio_fp32   tokens_per_second over that of the peer as it comes, and in fp32, in the same round: median
 """
 
 import argparse
@@ -33,7 +35,7 @@ from lora import LoRAConfig, add_adapter, merge_adapter
 from models import Decoder, generate, load_model, load_tokenizer, save_model
 
 MODEL, PROMPT, RANK = "smollm2-135m", 40, 16
-PEER = "transformers + bitsandbytes"
+PEER, PEER_FP32 = "transformers + bitsandbytes", "transformers + bitsandbytes, in fp32"
 Ids = list[list[int]]
 Run = Callable[[Ids, int], tuple[Ids, list[float]]]
 """(prompts, new tokens) → completions, and the time at which each token of the first row came"""
@@ -50,9 +52,9 @@ def main() -> None:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         models: dict[str, Run] = {name: our_run(model) for name, model in arms.items()}
         if not args.no_peer:
-            model = peer(folder)
-            gate(arms["ours"], model)
-            models = {PEER: peer_run(model)} | models
+            theirs = {PEER: peer(folder).eval(), PEER_FP32: peer(folder).train()}
+            gate(arms["ours"], theirs[PEER_FP32])
+            models = {name: peer_run(model) for name, model in theirs.items()} | models
         rows = []
         for batch in map(int, args.batches.split(",")):
             rows += compare(models, prompts(batch), args.tokens, args.rounds)
@@ -96,18 +98,10 @@ def peer(folder: str) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    save_model(load_model(MODEL, dtype=torch.float32), f"{folder}/base")
-    four_bits = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        f"{folder}/base", dtype=torch.float32, quantization_config=four_bits, device_map="cpu"
-    )
+    save_model(load_model(MODEL, dtype=torch.float32, quantize="nf4"), f"{folder}/base")  # our codes: same weights
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32, device_map="cpu")
     model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
-    return model.eval()
+    return model
 
 
 def our_run(model: Decoder) -> Run:
@@ -157,32 +151,35 @@ def compare(arms: dict[str, Run], prompts: Ids, n: int, rounds: int) -> list[dic
             completions[name], times = run(prompts, n)
             speeds[name].append(len(prompts) * (len(times) - 1) / (times[-1] - times[0]))
             prefills[name].append(1e3 * (times[0] - start))
-    rows = []
-    for name, taken in speeds.items():
-        base = speeds.get(PEER)
-        fifths = statistics.quantiles(taken, n=5, method="inclusive") if rounds > 1 else taken
-        wanted = completions.get(PEER, [[]] * len(prompts))
-        rows.append(
-            {
-                "key": f"{len(prompts)}/{name}",
-                "arm": name,
-                "peer_versions": ", ".join(f"{p} {version(p)}" for p in ("transformers", "bitsandbytes"))
-                if base
-                else "",
-                "backend": describe_backends()["cpu"].partition(":")[0],
-                "batch": len(prompts),
-                "prompt_tokens": PROMPT,
-                "new_tokens": n,
-                "tokens_per_second": f"{statistics.median(taken):.1f}",
-                "p20": f"{fifths[0]:.1f}",
-                "p80": f"{fifths[-1]:.1f}",
-                "prefill_ms": f"{statistics.median(prefills[name]):.0f}",
-                "rounds": rounds,
-                "ratio": f"{statistics.median(a / b for a, b in zip(taken, base, strict=True)):.2f}" if base else "",
-                "same": sum(a == b for a, b in zip(completions[name], wanted, strict=True)),
-            }
-        )
-    return rows
+    return [row_of(name, len(prompts), n, speeds, prefills[name], completions) for name in arms]
+
+
+def row_of(
+    name: str, batch: int, n: int, speeds: dict[str, list[float]], prefills: list[float], completions: dict[str, Ids]
+) -> dict[str, Any]:
+    taken = sorted(speeds[name])
+    wanted = completions.get(PEER_FP32, completions[name])
+    return {
+        "key": f"{batch}/{name}",
+        "arm": name,
+        "peer_versions": ", ".join(f"{peer} {version(peer)}" for peer in ("transformers", "bitsandbytes")),
+        "backend": describe_backends()["cpu"].partition(":")[0],
+        "batch": batch,
+        "prompt_tokens": PROMPT,
+        "new_tokens": n,
+        "tokens_per_second": f"{statistics.median(taken):.1f}",
+        "p20": f"{taken[round(0.2 * (len(taken) - 1))]:.1f}",
+        "p80": f"{taken[round(0.8 * (len(taken) - 1))]:.1f}",
+        "prefill_ms": f"{statistics.median(prefills):.0f}",
+        "rounds": len(taken),
+        "ratio": ratio(speeds[name], speeds.get(PEER)),
+        "ratio_fp32": ratio(speeds[name], speeds.get(PEER_FP32)),
+        "same": sum(a == b for a, b in zip(completions[name], wanted, strict=True)),
+    }
+
+
+def ratio(ours: list[float], base: list[float] | None) -> str:
+    return f"{statistics.median(a / b for a, b in zip(ours, base, strict=True)):.2f}" if base else ""
 
 
 if __name__ == "__main__":

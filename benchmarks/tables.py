@@ -77,6 +77,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "batch": plain("batch"),
         "tokens/s": rounded("tokens_per_second"),
         "speed ×": plain("ratio"),
+        "× in fp32": plain("ratio_fp32"),
         "first token, ms": plain("prefill_ms"),
         "equal completions": lambda row: f"{row['same']} of {row['batch']}",
     },

@@ -14,7 +14,7 @@ import kernels.decode
 from kernels.cpu.build import build
 from kernels.cpu.library import usable_isas
 from lora import LoRAConfig, add_adapter, disabled_adapters, quantize_model, set_adapter
-from models import Decoder, KVCache
+from models import Decoder, KVCache, generate
 from models.decoding import decoding_step
 from tests.small_llama import EVERY, small_decoder
 
@@ -168,3 +168,44 @@ def test_several_tokens_may_follow_single_ones() -> None:
             model(tokens[:, None], cache=caches[1])
         ids = torch.randint(0, 96, (4, 5))
         assert_within_noise(model(ids, cache=caches[0]), model(ids, cache=caches[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "one call"])
+def test_in_bf16_company_and_cache_decide_only_between_logits_that_are_closer_than_their_noise(kind: str) -> None:
+    """24 prompts in a batch, alone, and without a cache. The noise is the largest difference between the logits of
+    equal tokens, cached in the batch and by a full forward alone; two logits may each move by it."""
+    model = small_decoder(**SIZES) if kind == "dense" else in_4_bits()
+    model.compute_dtype = torch.bfloat16
+    prompts = torch.randint(0, 96, (24, 7), generator=torch.Generator().manual_seed(5)).tolist()
+    together = [c.ids for c in generate(model, prompts, max_new_tokens=24)]
+    cache, step = KVCache(model.config, 24, 31, dtype=torch.bfloat16), decoding_step(model)
+    model(torch.tensor(prompts), cache=cache)
+    cached = torch.stack([model.logits(step(tokens, cache)) for tokens in torch.tensor(together).T], dim=1)
+    parted = noise = 0.0
+    for prompt, ids, batched in zip(prompts, together, cached, strict=True):
+        logits = model(torch.tensor([prompt + ids]))[0]
+        noise = max(noise, float((logits[len(prompt) :] - batched).abs().max()))
+        alone = generate(model, [prompt], max_new_tokens=24)[0].ids
+        uncached = logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+        for other in (alone, uncached):
+            at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b), None)
+            if at is not None:
+                best = logits[len(prompt) - 1 + at].topk(2).values
+                parted = max(parted, float(best[0] - best[1]))
+    print(f"{kind}: batch noise {noise:.4f}; completions part where the best two are {parted:.4f} apart at most")
+    assert parted <= 2 * noise
+
+
+def test_sampled_logps_equal_a_fresh_forward() -> None:
+    model = in_4_bits("qwen2, last layers windowed")
+    prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]]
+    completions = generate(model, prompts, max_new_tokens=25, num_generations=2, temperature=0.8, stop_ids=range(9))
+    assert len({len(completion.ids) for completion in completions}) > 1
+    for i, completion in enumerate(completions):
+        ids = prompts[i // 2] + completion.ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, len(prompts[i // 2]) - 1 : -1].double() / 0.8
+        wanted = logits.log_softmax(1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        bound = 100 * torch.finfo(torch.float32).eps * float(logits.abs().max())
+        assert completion.logps == pytest.approx(wanted.tolist(), abs=bound)
