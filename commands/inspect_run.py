@@ -55,6 +55,9 @@ def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[
         if evaluations:
             at = evaluations[-1]
             said.append(f"held out     {_number(at['eval_loss'])} at step {at['step']}")
+        if "rewards/margins" in last:
+            accuracy, margin = (_number(last[f"rewards/{name}"]) for name in ("accuracies", "margins"))
+            said.append(f"preferences  accuracy {accuracy}, margin {margin}")
         said.append(f"skipped      {last.get('skipped', 0)} updates whose loss or gradient was not finite")
         said.append(f"peak memory  {last['peak_memory_bytes'] / 1e9:.2f} GB")
         if "page_faults" in last:
