@@ -5,16 +5,15 @@
     fine-tuned     start, after --steps steps of supervised fine-tuning: cross-entropy of the rows' tokens
     distilled      start, after as many steps on the same rows in the same order: KL(teacher ‖ student) at each token
 
-Both students train in full, with one rate, schedule and seed, by `qlora distill`, which with --ce-weight 1 is `qlora
-sft`. For each: cross-entropy (loss) and KL(teacher ‖ student) per token of held-out answers, of rows that recombine
-known words and of rows whose words and forms training never shows. Everything is ours: no peer.
+Both students train in full on every token of the rows, questions too, with one rate, schedule and seed. For each:
+cross-entropy (loss) and KL(teacher ‖ student) per token of held-out answers, of rows that recombine known words and of
+rows whose words and forms training never shows. Everything is ours: no peer.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +68,14 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"{out} is there already: remove it, or pass another --out")
     write_task(out / "data", args.rows, args.held_out)
     adapter = args.adapter or teach_teacher(out, args.teacher_steps)
+    same: dict[str, Any] = {
+        "data": str(out / "data" / "train.jsonl"), "model": str(out / "start"), "method": "full", "learn": "everything",
+        "max_steps": args.steps, "learning_rate": args.learning_rate, "batch_size": args.batch_size, "accumulation": 1,
+        "seed": args.seed, "samples": 0,
+    }  # fmt: skip
     config = distill.DistillConfig(
-        data=str(out / "data" / "train.jsonl"), out=str(out / "distilled"), model=str(out / "start"), method="full",
-        teacher=MODEL, teacher_adapter=adapter, max_steps=args.steps, learning_rate=args.learning_rate,
-        batch_size=args.batch_size, accumulation=1, seed=args.seed, samples=0, beta=args.beta,
-    )  # fmt: skip
+        **same, out=str(out / "distilled"), teacher=MODEL, teacher_adapter=adapter, beta=args.beta
+    )
     teacher = load_teacher(config)
     start = shrink(load_model(MODEL, dtype=torch.float32), args.layers)
     save_model(start, config.model, tokenizer=load_tokenizer(MODEL))
@@ -81,11 +83,11 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [{"student": "the teacher"} | shared | {"seconds": 0} | measured(teacher.model, teacher, out)]
     rows.append({"student": "start"} | shared | {"seconds": 0} | measured(start.eval(), teacher, out))
     del start
-    for name, ce_weight in (("fine-tuned", 1.0), ("distilled", 0.0)):
-        trained = distill.train(replace(config, out=str(out / name), ce_weight=ce_weight))
+    plain = sft.SFTConfig(**same, out=str(out / "fine-tuned"))
+    for name, train in (("fine-tuned", lambda: sft.train(plain)), ("distilled", lambda: distill.train(config))):
+        trained = train()
         seconds = round(trained.result.seconds)
         rows.append({"student": name} | shared | {"seconds": seconds} | measured(trained.model, teacher, out))
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -95,11 +97,11 @@ def main() -> None:
     parser.add_argument("--adapter", help="the teacher's, for example runs/demo/run/adapter; trained by default")
     parser.add_argument("--teacher-steps", type=int, default=30)
     parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--held-out", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--held-out", type=int, default=24)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

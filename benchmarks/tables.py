@@ -62,6 +62,14 @@ TABLES: dict[str, dict[str, Column]] = {
     },
     "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
+    "distill": {
+        "half of the layers": lambda row: row["student"] if row["student"] != "the teacher" else "(the teacher)",
+        "loss, recombined": plain("loss_recombined"),
+        "KL to the teacher": plain("kl_recombined"),
+        "loss, unseen": plain("loss_unseen"),
+        "KL to the teacher, unseen": plain("kl_unseen"),
+        "seconds": plain("seconds"),
+    },
     "packing": {
         "rows": plain("rows"),
         "batches": plain("arm"),
