@@ -45,7 +45,8 @@ def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[
         evaluations = [row for row in rows if row.get("eval_loss") is not None]
         if evaluations:
             at = evaluations[-1]
-            said.append(f"held out     {_number(at['eval_loss'])} at step {at['step']}")
+            apart = f", KL to the teacher {_number(at['eval_kl'])}" if "eval_kl" in at else ""
+            said.append(f"held out     {_number(at['eval_loss'])}{apart} at step {at['step']}")
         said.append(f"skipped      {last.get('skipped', 0)} updates whose loss or gradient was not finite")
         said.append(f"peak memory  {last['peak_memory_bytes'] / 1e9:.2f} GB")
         if "paging" in last:
