@@ -63,12 +63,12 @@ TABLES: dict[str, dict[str, Column]] = {
     "dequantize": {"dequantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "quantize": {"quantize": plain("arm"), "ms": fixed("p50_ms", 1), "time ×": fixed("ratio", 2)},
     "distill": {
-        "half of the layers": lambda row: row["student"] if row["student"] != "the teacher" else "(the teacher)",
-        "loss, recombined": plain("loss_recombined"),
-        "KL to the teacher": plain("kl_recombined"),
-        "loss, unseen": plain("loss_unseen"),
-        "KL to the teacher, unseen": plain("kl_unseen"),
-        "seconds": plain("seconds"),
+        "student": plain("student"),
+        "layers": lambda row: row["layers"] if row["student"] != "(the teacher)" else "",
+        "steps": lambda row: row["steps"] if int(row["seconds"]) else "0",
+        "held-out loss": plain("loss"),
+        "held-out KL to the teacher": plain("kl"),
+        "seconds": lambda row: row["seconds"] if int(row["seconds"]) else "",
     },
     "packing": {
         "rows": plain("rows"),
