@@ -81,6 +81,14 @@ TABLES: dict[str, dict[str, Column]] = {
         "first token, ms": plain("prefill_ms"),
         "equal completions": lambda row: f"{row['same']} of {row['batch']}",
     },
+    "distill": {
+        "student": plain("student"),
+        "layers": lambda row: row["layers"] if row["student"] != "(the teacher)" else "",
+        "steps": lambda row: row["steps"] if int(row["seconds"]) else "0",
+        "held-out loss": plain("loss"),
+        "held-out KL to the teacher": plain("kl"),
+        "seconds": lambda row: row["seconds"] if int(row["seconds"]) else "",
+    },
     "packing": {
         "rows": plain("rows"),
         "batches": plain("arm"),

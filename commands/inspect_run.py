@@ -54,7 +54,8 @@ def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[
         evaluations = [row for row in rows if row.get("eval_loss") is not None]
         if evaluations:
             at = evaluations[-1]
-            said.append(f"held out     {_number(at['eval_loss'])} at step {at['step']}")
+            apart = f", KL to the teacher {_number(at['eval_kl'])}" if "eval_kl" in at else ""
+            said.append(f"held out     {_number(at['eval_loss'])}{apart} at step {at['step']}")
         if "rewards/margins" in last:
             accuracy, margin = (_number(last[f"rewards/{name}"]) for name in ("accuracies", "margins"))
             said.append(f"preferences  accuracy {accuracy}, margin {margin}")

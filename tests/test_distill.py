@@ -91,7 +91,7 @@ def test_one_by_eight_equals_eight_by_one_in_loss_and_gradients(made, tmp_path, 
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_a_run_leaves_its_folder_and_comes_nearer_to_its_teacher(made, tmp_path, method):
+def test_a_run_leaves_its_folder_and_comes_nearer_to_its_teacher(made, tmp_path, capsys, method):
     config = config_for(made, tmp_path / "run", method=method, max_steps=12, eval_every=6, samples=2)
     before = distill.evaluate(prepare_model(config), load_teacher(config), *eval_of(config))
     trained = distill.train(config, quiet=True)
@@ -102,6 +102,9 @@ def test_a_run_leaves_its_folder_and_comes_nearer_to_its_teacher(made, tmp_path,
     assert trained.result.eval_loss == rows[-1]["eval_loss"]
     assert {p.name for p in (Path(config.out) / "plots").iterdir()} == {"loss.png", "divergence.png"}
     assert len((Path(config.out) / "samples.jsonl").read_text().splitlines()) == 2
+    assert qlora.main(["inspect", "run", config.out]) == 0
+    held_out = f"held out     {rows[-1]['eval_loss']:.4f}, KL to the teacher {rows[-1]['eval_kl']:.4f} at step 12"
+    assert held_out in capsys.readouterr().out
     assert distill.evaluate(trained.model, load_teacher(config), *eval_of(config)) == {
         name: rows[-1][name] for name in ("eval_loss", "eval_kl")
     }
@@ -281,6 +284,9 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_one_line(made, tmp_path
 def test_a_model_is_of_its_own_vocabulary(made):
     tokenizer = load_tokenizer(made.student)
     check_vocabularies(tokenizer, load_tokenizer(made.teacher), ("a", "b"))
+    vocabulary = tokenizer.vocabulary()
+    assert len(vocabulary) == tokenizer.vocab_size
+    assert vocabulary.items() >= tokenizer.special_tokens.items()
 
 
 @pytest.mark.parametrize(

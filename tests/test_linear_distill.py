@@ -105,6 +105,31 @@ def test_value_and_every_gradient(kind: str, teacher_kind: str, beta: float, tem
         assert_as_accurate_as(plain[name].grad, ours[name].grad, double[name].grad)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.usefixtures("five_rows_a_chunk")
+def test_bf16_states_and_heads(beta: float, trained: bool) -> None:
+    """Logits are compared in fp32, gradients come in bf16, and chunks are summed in fp32."""
+    hidden, weight = torch.randn(M, D).bfloat16(), torch.randn(V, D).bfloat16()
+    states, head = torch.randn(M, WIDE).bfloat16(), torch.randn(V, WIDE).bfloat16()
+    ours, plain, double = (
+        [leaf(t.to(dtype)) for t in (hidden, weight)] for dtype in (hidden.dtype,) * 2 + (torch.double,)
+    )
+    student = ours[1] if trained else ours[1].detach()
+    out = linear_distill(ours[0], student, states, head, targets=torch.arange(M) % V, beta=beta, ce_weight=0.3)
+    out.loss.sum().backward()
+    for x, w in (plain, double):
+        z, u = x @ w.T, states.to(x.dtype) @ head.to(x.dtype).T
+        loss = 0.7 * distill_loss(z, u, beta=beta) + 0.3 * F.cross_entropy(
+            z.to(torch.promote_types(z.dtype, torch.float32)), torch.arange(M) % V, reduction="none"
+        )
+        loss.sum().backward()
+    assert out.loss.dtype == torch.float32
+    assert_as_accurate_as(plain[0].grad, ours[0].grad, double[0].grad)
+    if trained:
+        assert_as_accurate_as(plain[1].grad, ours[1].grad, double[1].grad)
+
+
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("teacher_kind", ["dense", "top 5"])
 @pytest.mark.usefixtures("five_rows_a_chunk")

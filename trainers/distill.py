@@ -167,9 +167,10 @@ def train(config: DistillConfig, *, quiet: bool = False) -> Trained:
             if eval_set and run.evaluation_is_due(step):
                 row |= evaluate(model, teacher, eval_set.examples, config.batch_size, tokenizer.pad_id)
                 run.progress.say(held_out_line(f"step {step + 1}", row, len(eval_set.examples)))
-            for line in set(unhealthy(config, row, last_kl)) - said:
+            for line in unhealthy(config, row, last_kl):
+                if line not in said:
+                    run.progress.say(f"warning: {line}")
                 said.add(line)
-                run.progress.say(f"warning: {line}")
             last_kl = row.get("eval_kl", last_kl)
             run.end_step(step, loss, grad_norm, rate, **row)
     result = run.result()
