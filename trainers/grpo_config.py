@@ -11,7 +11,8 @@ A recipe fills in the flags that are not given; one that is given wins, and wher
 method that the recipe is named for, a warning says so. DAPO punishes the last fifth of the longest completion, as in
 the paper (4,096 of 20,480 tokens).
 
-Rows need an answer, since most rewards compare with it; where yours does not, `--template "{prompt} => {prompt}"` will do.
+Rows need an answer, since most rewards compare with it; where yours does not, repeat the question:
+`--template "{prompt} => {prompt}"`.
 """
 
 from collections.abc import Iterator
