@@ -3,9 +3,9 @@
     8 prompts (about 40 tokens) × 8 completions of 64 tokens, one update, r = 16 on all linear layers, fp32, no KL
 
 Both sample at temperature 1, score, and update, from the same weights and prompts; every completion has all 64 tokens,
-since neither side may end one (a random end would be another amount of work each time). The reward, the share of
-different tokens in a completion, has spread in every group, so that none is left out. Every arm runs in a process of
-its own, in turns. Columns of the CSV:
+since neither side may end one (a random end would be another amount of work each time). The reward, a number made of a
+completion's tokens, has spread in every group, so that none is left out. Every arm runs in a process of its own, in
+turns. Columns of the CSV:
 
     seconds             of the iterations after the first: sampling, rewards, forward, backward, optimizer
     peak_process_bytes  peak resident memory of the process, Python, libraries and loading included
@@ -24,28 +24,44 @@ import time
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import write_rows  # noqa: E402  # after the path
 
-PROMPTS, GENERATIONS, TOKENS, RANK = 8, 8, 64, 16
+RANK = 16
 PEER = "TRL + peft + bitsandbytes"
 QUESTION = "Write about the number {}, and do not stop."
 
 
-def different_tokens(answers: Any) -> list[float]:
-    """Our reward: the share of a completion's tokens that differ."""
-    return [len(set(answer.ids)) / len(answer.ids) for answer in answers]
+class Case(NamedTuple):
+    prompts: int
+    generations: int
+    tokens: int
+    forward: int
+    """completions in one forward of training"""
+
+    @property
+    def forwards(self) -> int:
+        return self.prompts * self.generations // self.forward
 
 
-def rows() -> list[dict[str, str]]:
-    return [{"prompt": QUESTION.format(n), "completion": "-"} for n in range(10, 10 + 4 * PROMPTS)]
+def number_of(ids: list[int]) -> float:
+    """A reward that differs within every group."""
+    return sum(ids) % 997 / 997
 
 
-def ours(folder: Path, forward: int, iterations: int) -> list[float]:
+def our_reward(answers: Any) -> list[float]:
+    return [number_of(answer.ids) for answer in answers]
+
+
+def rows(case: Case) -> list[dict[str, str]]:
+    return [{"prompt": QUESTION.format(n), "completion": "-"} for n in range(10, 10 + 4 * case.prompts)]
+
+
+def ours(folder: Path, case: Case, iterations: int) -> list[float]:
     """Seconds of each iteration after the first."""
     from trainers import grpo, rollout
     from trainers.metrics import read_metrics
@@ -53,18 +69,18 @@ def ours(folder: Path, forward: int, iterations: int) -> list[float]:
     generate = rollout.generate
     rollout.generate = lambda *prompts, **flags: generate(*prompts, **flags | {"stop_ids": ()})  # none may end
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(case)), encoding="utf-8")
     config = grpo.GRPOConfig(
         data=str(data),
         out=str(folder / "run"),
-        rewards=["benchmarks.bench_grpo:different_tokens"],
+        rewards=["benchmarks.bench_grpo:our_reward"],
         recipe="grpo",
         beta=0.0,
         r=RANK,
-        num_generations=GENERATIONS,
-        max_completion_length=TOKENS,
-        batch_size=forward,
-        accumulation=PROMPTS * GENERATIONS // forward,
+        num_generations=case.generations,
+        max_completion_length=case.tokens,
+        batch_size=case.forward,
+        accumulation=case.forwards,
         max_steps=1 + iterations,
         optimizer="adamw",
         samples=0,
@@ -72,13 +88,13 @@ def ours(folder: Path, forward: int, iterations: int) -> list[float]:
     grpo.train(config, quiet=True)
     lines = read_metrics(folder / "run" / "metrics.jsonl")
     shortest = min(line["completions/min_length"] for line in lines)
-    if shortest != TOKENS or any(line["frac_reward_zero_std"] for line in lines):
-        raise ValueError(f"every completion must have {TOKENS} tokens and every group spread, got {lines}")
+    if shortest != case.tokens or any(line["frac_reward_zero_std"] for line in lines):
+        raise ValueError(f"every completion must have {case.tokens} tokens and every group spread, got {lines}")
     clock = [line["seconds"] for line in lines]
     return [after - before for before, after in pairwise(clock)]
 
 
-def peer(folder: Path, forward: int, iterations: int) -> list[float]:
+def peer(folder: Path, case: Case, iterations: int) -> list[float]:
     """The same of TRL, from the same weights in folder/base."""
     import torch
     import transformers
@@ -108,17 +124,17 @@ def peer(folder: Path, forward: int, iterations: int) -> list[float]:
             ended.append(time.perf_counter())
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        if {len(ids) for ids in completion_ids} != {TOKENS}:
-            raise ValueError(f"every completion must have {TOKENS} tokens")
-        return [len(set(ids)) / len(ids) for ids in completion_ids]
+        if {len(ids) for ids in completion_ids} != {case.tokens}:
+            raise ValueError(f"every completion must have {case.tokens} tokens")
+        return [number_of(ids) for ids in completion_ids]
 
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=forward,
-        gradient_accumulation_steps=PROMPTS * GENERATIONS // forward,
-        num_generations=GENERATIONS,
-        max_completion_length=TOKENS,
-        generation_kwargs={"min_new_tokens": TOKENS},
+        per_device_train_batch_size=case.forward,
+        gradient_accumulation_steps=case.forwards,
+        num_generations=case.generations,
+        max_completion_length=case.tokens,
+        generation_kwargs={"min_new_tokens": case.tokens},
         loss_type="grpo",
         beta=0.0,
         max_steps=1 + iterations,
@@ -134,7 +150,9 @@ def peer(folder: Path, forward: int, iterations: int) -> list[float]:
         model=model,
         reward_funcs=reward,
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows(case)]
+        ),
         processing_class=transformers.AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clock()],
@@ -143,18 +161,18 @@ def peer(folder: Path, forward: int, iterations: int) -> list[float]:
     return [end - start for start, end in zip(started, ended, strict=True)][1:]
 
 
-def measure(who: str, folder: str, forward: int, iterations: int) -> dict[str, Any]:
+def measure(who: str, folder: str, case: list[int], iterations: int) -> dict[str, Any]:
     """One arm, in this process."""
     from trainers.metrics import peak_memory_bytes
 
-    seconds = (ours if who == "ours" else peer)(Path(folder), forward, iterations)
+    seconds = (ours if who == "ours" else peer)(Path(folder), Case(*case), iterations)
     return {"seconds": seconds, "peak_process_bytes": peak_memory_bytes()}
 
 
-def in_a_process(who: str, base: Path, forward: int, iterations: int) -> dict[str, Any]:
+def in_a_process(who: str, base: Path, case: Case, iterations: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(base, Path(folder) / "base")
-        arm = json.dumps([who, folder, forward, iterations])
+        arm = json.dumps([who, folder, case, iterations])
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
             [sys.executable, __file__, "--arm", arm], capture_output=True, text=True, check=False, env=environment
@@ -164,7 +182,7 @@ def in_a_process(who: str, base: Path, forward: int, iterations: int) -> dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(who: list[str], forward: int, rounds: int, iterations: int) -> list[dict[str, Any]]:
+def compare(who: list[str], case: Case, rounds: int, iterations: int) -> list[dict[str, Any]]:
     """A row for each arm: the median over all rounds, and ratios to the peer's where it ran."""
     from models import load_model, load_tokenizer, save_model
 
@@ -174,8 +192,8 @@ def compare(who: list[str], forward: int, rounds: int, iterations: int) -> list[
         save_model(load_model("smollm2-135m"), base, tokenizer=load_tokenizer("smollm2-135m"))
         for _ in range(rounds):
             for name in who:
-                found[name].append(in_a_process(name, base, forward, iterations))
-    rows = [summary(name, runs, forward) for name, runs in found.items()]
+                found[name].append(in_a_process(name, base, case, iterations))
+    rows = [summary(name, runs, case) for name, runs in found.items()]
     for row in rows:
         theirs = next((other for other in rows if other["arm"] == PEER), None)
         for ratio, column in (("time_ratio", "seconds"), ("memory_ratio", "peak_process_bytes")):
@@ -183,18 +201,18 @@ def compare(who: list[str], forward: int, rounds: int, iterations: int) -> list[
     return rows
 
 
-def summary(who: str, runs: list[dict[str, Any]], forward: int) -> dict[str, Any]:
+def summary(who: str, runs: list[dict[str, Any]], case: Case) -> dict[str, Any]:
     seconds = sorted(s for run in runs for s in run["seconds"])
     p20, p80 = (seconds[round(q * (len(seconds) - 1))] for q in (0.2, 0.8))
     return {
-        "key": f"{who}/{forward}",
+        "key": "/".join(map(str, (who, *case))),
         "arm": "qlora-anatomy" if who == "ours" else PEER,
         "peer_versions": ", ".join(f"{name} {version(name)}" for name in ("trl", "peft", "bitsandbytes")),
-        "prompts": PROMPTS,
-        "generations": GENERATIONS,
-        "tokens": TOKENS,
+        "prompts": case.prompts,
+        "generations": case.generations,
+        "tokens": case.tokens,
         "r": RANK,
-        "completions_a_forward": forward,
+        "completions_a_forward": case.forward,
         "seconds": round(statistics.median(seconds), 2),
         "p20": round(p20, 2),
         "p80": round(p80, 2),
@@ -205,6 +223,9 @@ def summary(who: str, runs: list[dict[str, Any]], forward: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=("ours", "peer"), default=["ours", "peer"])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--generations", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="of each completion")
     parser.add_argument("--forward", type=int, default=8, help="completions in one forward of training")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=1, help="timed iterations of each arm in each round")
@@ -213,7 +234,8 @@ def main() -> None:
     if args.arm:
         print(json.dumps(measure(*json.loads(args.arm))))
         return
-    write_rows("grpo", compare(args.arms, args.forward, args.rounds, args.iterations), key="key")
+    case = Case(args.prompts, args.generations, args.tokens, args.forward)
+    write_rows("grpo", compare(args.arms, case, args.rounds, args.iterations), key="key")
 
 
 if __name__ == "__main__":

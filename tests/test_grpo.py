@@ -195,7 +195,7 @@ def test_dynamic_sampling_replaces_groups_without_spread_up_to_a_limit(config):
 def test_a_killed_run_resumes_to_the_same_bytes(config, tmp_path):
     """SIGKILL between the updates of a batch of rollouts, with a reference and dynamic sampling."""
     config = replace(
-        config, updates_per_rollout=4, passes=2, beta=0.1, dynamic_sampling=True, max_steps=12, save_every=3
+        config, updates_per_rollout=4, passes=2, beta=0.1, dynamic_sampling=True, max_steps=8, save_every=2
     )
     whole = replace(config, out=str(tmp_path / "whole"))
     grpo.train(whole, quiet=True)
@@ -220,9 +220,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(config, tmp_path):
 
 def test_a_checkpoint_within_a_batch_of_rollouts_keeps_it(config, tmp_path):
     """Every step's checkpoint resumes to the same bytes, also those whose rollout is not used up."""
-    config = replace(config, updates_per_rollout=3, passes=3, max_steps=5, save_every=1, keep_checkpoints=9)
+    config = replace(config, updates_per_rollout=3, passes=3, max_steps=4, save_every=1, keep_checkpoints=9)
     grpo.train(config, quiet=True)
-    for left in (4, 2):
+    for left in (3, 2):
         copy = tmp_path / f"copy{left}"
         shutil.copytree(config.out, copy)
         shutil.rmtree(copy / "adapter")

@@ -136,7 +136,7 @@ def test_micro_batches_make_an_update():
     ]
     assert merged_metrics(parts) == {"learnt_tokens": 4, "kl": 1.5, "ratio/min": 0.5, "ratio/max": 2.0}
     nothing = [{"tokens": 0, "kl": 0.0}]
-    assert merged_metrics(nothing) == {"learnt_tokens": 0, "kl": 0.0}
+    assert merged_metrics(nothing) == {"learnt_tokens": 0, "kl": None}
 
 
 def test_the_sampler_is_compared_at_counted_tokens_only():

@@ -20,8 +20,9 @@ def shared_row(ids: Tensor, ends: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": torch.cat([ids, *ends])[None]} | {name: torch.tensor([x]) for name, x in named.items()}
 
 
-@pytest.mark.parametrize("setting", EVERY)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("setting", "checkpointing"), [*((name, False) for name in EVERY), ("grouped", True), ("mistral", True)]
+)
 def test_a_shared_beginning_gives_the_logits_and_gradients_of_copies(setting: str, checkpointing: bool) -> None:
     """Windows shorter than the prompt among them, and documents of one token."""
     model = small_decoder(**EVERY[setting]).double()

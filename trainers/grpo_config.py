@@ -10,6 +10,9 @@
 A recipe fills in the flags that are not given; one that is given wins, and where the outcome is known not to be the
 method that the recipe is named for, a warning says so. DAPO punishes the last fifth of the longest completion, as in
 the paper (4,096 of 20,480 tokens).
+
+Rows need an answer, since most rewards compare with it; where yours does not, repeat the question:
+`--template "{prompt} => {prompt}"`.
 """
 
 from collections.abc import Iterator

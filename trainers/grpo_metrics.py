@@ -33,10 +33,15 @@ def sampling_difference(logps: Tensor, sampling_logps: Tensor, completion_mask: 
     }
 
 
-def merged_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of an update, from those of its micro-batches: means weighted by counted tokens, minima and maxima as such."""
+def merged_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Of an update, from those of its micro-batches: means weighted by counted tokens, minima and maxima as such.
+
+    None where no token counted.
+    """
     total = sum(part["tokens"] for part in parts)
-    merged: dict[str, float] = {}
+    if total == 0:
+        return {key: None for key in parts[0] if key != "tokens"} | {"learnt_tokens": 0}
+    merged: dict[str, float | None] = {}
     for key in parts[0]:
         values = [part[key] for part in parts]
         if key == "tokens":
@@ -46,7 +51,7 @@ def merged_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         elif key.endswith("min"):
             merged[key] = min(values)
         else:
-            merged[key] = sum(part[key] * part["tokens"] for part in parts) / max(1, total)
+            merged[key] = sum(part[key] * part["tokens"] for part in parts) / total
     return merged
 
 
