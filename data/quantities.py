@@ -6,7 +6,7 @@
 Half of the questions name one thing, half two. Numbers lie between 2 and 59.
 
     train      things and verbs that training shows
-    unseen     other things, other verbs, and sentences that training never shows
+    unseen     other things and other verbs; the form of the sentences is the same
 
 A row {prompt, completion} is a pure function of (split, seed, its number); the completion is the right number alone.
 """
