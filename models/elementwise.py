@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.buffers import empty_like
 
@@ -55,25 +56,29 @@ class _Add(torch.autograd.Function):
         return dy, dy
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """What is computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rho = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        y = empty_like(x, _wide(x))
+        rho = torch.rsqrt(torch.mul(x, x, out=y).mean(dim=-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, rho)
-        y = torch.mul(x, rho, out=empty_like(x, torch.float32))
-        return y.mul_(weight).to(x.dtype)
+        return torch.mul(x, rho, out=y).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rho = ctx.saved_tensors
-        x_hat = torch.mul(x, rho, out=empty_like(x, torch.float32))
+        x_hat = torch.mul(x, rho, out=empty_like(x, _wide(x)))
         dx = dg = None
         if ctx.needs_input_grad[1]:
-            dg = (dy.float() * x_hat).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            dg = (dy.to(x_hat.dtype) * x_hat).flatten(0, -2).sum(dim=0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            u = torch.mul(dy, weight, out=empty_like(x, torch.float32))
-            along = torch.mul(u, x_hat, out=empty_like(x, torch.float32)).mean(dim=-1, keepdim=True)
+            u = torch.mul(dy, weight, out=empty_like(x, _wide(x)))
+            along = torch.mul(u, x_hat, out=empty_like(x, _wide(x))).mean(dim=-1, keepdim=True)
             dx = u.sub_(x_hat.mul_(along)).mul_(rho).to(x.dtype)
         return dx, dg, None
 
@@ -82,14 +87,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        y = torch.sigmoid(gate.float(), out=empty_like(gate, torch.float32))
-        return y.mul_(gate).mul_(up).to(gate.dtype)
+        y = empty_like(gate, _wide(gate)).copy_(gate)
+        return F.silu(y, inplace=True).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        s = torch.sigmoid(gate.float(), out=empty_like(gate, torch.float32))
-        d_gate = torch.mul(s, -1, out=empty_like(gate, torch.float32)).add_(1).mul_(gate).add_(1)
+        s = torch.sigmoid(gate.to(_wide(gate)), out=empty_like(gate, _wide(gate)))
+        d_gate = torch.mul(s, -1, out=empty_like(gate, _wide(gate))).add_(1).mul_(gate).add_(1)
         d_gate.mul_(s).mul_(up).mul_(dy)
         d_up = s.mul_(gate).mul_(dy)
         return d_gate.to(dy.dtype), d_up.to(dy.dtype)
@@ -109,8 +114,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    y = empty_like(x, torch.float32)
+    y = empty_like(x, _wide(x))
     y_first, y_second = y.chunk(2, dim=-1)
-    torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=y_second).addcmul_(first, sin)
+    y_first.copy_(first).mul_(cos).sub_(torch.mul(second, sin, out=empty_like(second, y.dtype)))
+    y_second.copy_(second).mul_(cos).add_(torch.mul(first, sin, out=empty_like(first, y.dtype)))
     return y.to(x.dtype)

@@ -48,7 +48,7 @@ def test_metrics_and_cache_fields(tmp_path: Path) -> None:
     written = {name for line in read_metrics(tmp_path / "run" / "metrics.jsonl") for name in line}
     assert named <= written
     shared = "step grad_norm learning_rate examples learnt_tokens padding tokens seconds tokens_per_second"
-    assert written - named == set(f"{shared} peak_memory_bytes skipped paging".split())
+    assert written - named == set(f"{shared} peak_memory_bytes page_faults skipped paging".split())
     cached = config_for(made, tmp_path / "other", teacher_cache=str(tmp_path / "cache"), max_steps=1)
     distill.train(cached, quiet=True)
     section = FORMATS.read_text(encoding="utf-8").split("## A teacher's predictions")[1].split("\n## ")[0]

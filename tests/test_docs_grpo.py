@@ -44,7 +44,16 @@ def test_every_metric_that_a_run_writes_is_explained(tmp_path: Path) -> None:
     named = set(re.findall(r"`([\w/]+)`", section))
     named |= {f"{group}/{name}" for group in ("completions", "ratio", "sampling") for name in named}
     named |= {"sampling/logp_difference_max"}
-    common = {"step", "learning_rate", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped", "paging"}
+    common = {
+        "step",
+        "learning_rate",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "page_faults",
+        "skipped",
+        "paging",
+    }
     for folder in ("run", "more"):
         for line in read_metrics(tmp_path / folder / "metrics.jsonl"):
             keys = {key.removeprefix("eval_").replace("/exact/", "/NAME/") for key in line}

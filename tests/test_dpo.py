@@ -18,7 +18,7 @@ import torch
 import qlora
 from lora import disabled_adapters, load_adapter, trainable_parameters
 from models import Decoder, load_model
-from tests import reference
+from tests import reference, reference_preference
 from tests.pair_rows import PAIRS, encoded, moved
 from tests.small_base import write_base, write_rows
 from trainers import dpo
@@ -100,7 +100,7 @@ def test_a_windows_loss_and_scores_are_float64_loops_over_its_logits(base, confi
             ref = tuple(answer_logp(model, *side) for side in sides)
         lengths = (pair.chosen.n_learnt, pair.rejected.n_learnt)
         kind, eps = config.loss_type, config.label_smoothing
-        wanted += reference.dpo_pair(policy, ref, lengths, config.beta, kind, eps).loss / 5
+        wanted += reference_preference.dpo_pair(policy, ref, lengths, config.beta, kind, eps).loss / 5
         nll -= policy[0] / lengths[0] / 5
         margins += config.beta * (policy[0] - ref[0] - policy[1] + ref[1]) / 5
     means = totals.means(5)

@@ -10,7 +10,7 @@ import torch
 
 import qlora
 from lora import disabled_adapters, trainable_parameters
-from tests import reference
+from tests import reference, reference_preference
 from tests.pair_rows import PAIRS, encoded, moved
 from tests.small_base import write_base, write_rows
 from trainers import orpo
@@ -69,7 +69,7 @@ def test_a_windows_loss_and_scores_are_float64_loops_over_its_logits(base, confi
             if side is pair.chosen:
                 counted = answer if nll == "answer" else logps
                 total, items = total - sum(counted), items + len(counted)
-        odds += reference.orpo_pair(*mean, config.lambda_or).loss / 5
+        odds += reference_preference.orpo_pair(*mean, config.lambda_or).loss / 5
     assert loss == pytest.approx(total / items + odds, rel=1e-5)
     assert means["nll_loss"] == pytest.approx(total / items, rel=1e-5)
     assert means["log_odds_ratio"] == pytest.approx(-odds / config.lambda_or, rel=1e-4)

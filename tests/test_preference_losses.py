@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import reference
+from tests import reference_preference
 from trainers.dpo import LOSS_TYPES, dpo_loss, rpo_term
 from trainers.logprobs import sequence_logps
 from trainers.orpo import log1mexp, orpo_loss
@@ -34,7 +34,7 @@ def test_dpo_is_the_papers_loss_in_value_and_gradient(kind: str, eps: float, bet
     losses.sum().backward()
     for i in range(7):
         policy, ref = [(pair[0][i].item(), pair[1][i].item()) for pair in (logps[:2], logps[2:])]
-        wanted = reference.dpo_pair(policy, ref, tuple(lengths[:, i].tolist()), beta, kind, eps)
+        wanted = reference_preference.dpo_pair(policy, ref, tuple(lengths[:, i].tolist()), beta, kind, eps)
         found = (losses[i].item(), logps[0].grad[i].item(), logps[1].grad[i].item())
         assert found == pytest.approx(wanted, rel=1e-12, abs=1e-13)
         assert chosen_rewards[i].item() == pytest.approx(beta * (policy[0] - ref[0]), rel=1e-12)
@@ -129,13 +129,13 @@ def test_orpo_is_the_papers_loss_in_value_and_gradient(lambda_or: float) -> None
     nll = torch.rand(8, dtype=torch.float64).requires_grad_()
     loss, log_odds = orpo_loss(chosen, rejected, nll, lambda_or=lambda_or, num_items=50, num_pairs=16)
     loss.backward()
-    pairs = [reference.orpo_pair(chosen[i].item(), rejected[i].item(), lambda_or) for i in range(8)]
+    pairs = [reference_preference.orpo_pair(chosen[i].item(), rejected[i].item(), lambda_or) for i in range(8)]
     assert loss.item() == pytest.approx(sum(nll.tolist()) / 50 + sum(pair.loss for pair in pairs) / 16, rel=1e-10)
     assert chosen.grad.tolist() == pytest.approx([pair.by_chosen / 16 for pair in pairs], rel=1e-10)
     assert rejected.grad.tolist() == pytest.approx([pair.by_rejected / 16 for pair in pairs], rel=1e-10)
     assert nll.grad.tolist() == pytest.approx([1 / 50] * 8)
     odds = [
-        reference.log_odds(c)[0] - reference.log_odds(r)[0]
+        reference_preference.log_odds(c)[0] - reference_preference.log_odds(r)[0]
         for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)
     ]
     assert log_odds.tolist() == pytest.approx(odds, rel=1e-10)
