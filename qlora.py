@@ -54,6 +54,11 @@ COMMANDS = {
         "an adapter's norms, the rank it uses, what merging costs",
     ),
     "inspect run": ("commands.inspect_run", "InspectRunArgs", "how a run went: loss, memory, paging, checkpoints"),
+    "experiment": (
+        "commands.experiment",
+        "ExperimentArgs",
+        "try a claim of the papers (docs/experiments)",
+    ),
     "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),
 }
 BOX = re.compile(r"[╭╮╰╯│]")

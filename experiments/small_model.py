@@ -1,0 +1,67 @@
+"""A small decoder over bytes, trained here on the Python reference: weights that no format has ever rounded.
+
+3.4 million parameters, 4 layers of width 256, some minutes on two cores. Kept in runs/experiments/small_model.
+"""
+
+from pathlib import Path
+
+import torch
+
+from models import Decoder, DecoderConfig, load_model, save_model
+from optim import PagedAdamW, learning_rate, set_learning_rate
+from trainers.logprobs import per_token_nll
+
+from .text import reference, rows_of
+
+FOLDER = Path("runs/experiments/small_model")
+CONFIG = DecoderConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+)
+LENGTH, BATCH, STEPS, RATE = 128, 16, 600, 2e-3
+
+
+def split() -> tuple[list[list[int]], list[list[int]]]:
+    """(training rows, held-out rows) of bytes: the last tenth of the text is held out."""
+    text = reference().encode()
+    cut = len(text) * 9 // 10
+    return rows_of(text[:cut], LENGTH), rows_of(text[cut:], LENGTH, 64)
+
+
+def small_model(folder: Path = FOLDER, steps: int = STEPS) -> Decoder:
+    """The trained model, from its folder, or trained now (seed 0) and kept there."""
+    if not (folder / "config.json").is_file():
+        save_model(trained(steps), folder)
+    return load_model(folder, dtype=torch.float32)
+
+
+def trained(steps: int) -> Decoder:
+    """Next-byte prediction with AdamW, cosine schedule."""
+    torch.manual_seed(0)
+    model = Decoder(CONFIG).train()
+    rows = torch.tensor(split()[0])
+    optimizer = PagedAdamW(model.parameters(), lr=RATE)
+    for step in range(steps):
+        batch = rows[torch.randint(len(rows), (BATCH,))]
+        ones = torch.ones_like(batch)
+        optimizer.zero_grad()
+        per_token_nll(model, batch, ones, ones).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = learning_rate(step, total_steps=steps, peak=RATE, warmup_steps=steps // 20, schedule="cosine")
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+    return model.eval()
