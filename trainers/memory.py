@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from models import Decoder, DecoderConfig
 
-from .memory_estimates import activations, head_chunk, last_backward, sampling
+from .memory_estimates import activations, head_backward, head_chunk, layer_backward, sampling
 from .memory_exact import Counts, adapter_tensors, count, dense_tensors, four_bits, optimizer_state
 from .memory_setup import Setup
 
@@ -191,32 +191,37 @@ def _of_the_state(setup: Setup, spilled: int) -> str:
 def _phases(config: DecoderConfig, setup: Setup, tensors: Sequence[int]) -> tuple[Phase, ...]:
     gradients = Part("gradients", 4 * sum(tensors), True, "fp32, of what is trained")
     during = gradients if setup.accumulation > 1 else gradients._replace(nbytes=0)
-    kept = activations(config, setup)
-    chunk, back = head_chunk(config, setup), last_backward(config, setup)
-    forward = (
-        during,
-        Part("activations", kept, False, setup.what_is_kept),
-        Part("logits", chunk, False, "one chunk, and the gradient of the hidden states"),
-    )
-    backward = (
-        during,
-        Part("activations", kept, False, setup.what_is_kept),
-        Part("workspace", back, False, "backward of one layer"),
-    )
+    kept = Part("activations", activations(config, setup), False, setup.what_is_kept)
+    first = during
+    if setup.method == "full" and setup.accumulation == 1:  # backward begins at the head
+        first = gradients._replace(nbytes=4 * config.vocab_size * config.hidden_size)
+    rest = kept._replace(nbytes=kept.nbytes // config.num_hidden_layers)
+    work = layer_backward(config, setup)
+    ending = work + (4 * config.vocab_size * config.hidden_size if setup.method == "full" else 0)
     phases = [
-        Phase("output layer and loss", forward),
-        Phase("backward of the last layer", backward),
-        Phase("optimizer step", (gradients, Part("workspace", _of_the_step(setup, tensors), False, "of AdamW"))),
+        Phase("output layer", (during, kept, _logits(head_chunk(config, setup)))),
+        Phase("backward of the output layer", (during, kept, _logits(head_backward(config, setup)))),
+        Phase("backward of the last layer", (first, kept, _workspace(work, "SwiGLU's backward"))),
+        Phase("backward of the first layer", (gradients, rest, _workspace(ending, "and the embeddings' gradient"))),
+        Phase("optimizer step", (gradients, _workspace(_of_the_step(setup, tensors), "of AdamW"))),
     ]
     if setup.trainer == "grpo":
         cache, work = sampling(config, setup)
         held = (
             gradients,
             Part("KV cache", cache, True, "keys and values of every completion"),
-            Part("workspace", work, False, "logits and scores of one token a completion"),
+            _workspace(work, "logits and scores of one token a completion"),
         )
         phases.append(Phase("sampling", held))
     return tuple(phases)
+
+
+def _logits(nbytes: int) -> Part:
+    return Part("logits", nbytes, False, "a chunk, and the gradient of the hidden states")
+
+
+def _workspace(nbytes: int, of: str) -> Part:
+    return Part("workspace", nbytes, False, of)
 
 
 def _of_the_step(setup: Setup, tensors: Sequence[int]) -> int:
