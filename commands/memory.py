@@ -26,6 +26,9 @@ from trainers.memory import Plan, Setup, largest_batch, largest_model, longest_s
 
 METHODS = ("full", "lora", "qlora")
 CARDS = (8, 16, 24, 48, 80)
+ORDER = ("weights of the model", "linear weights", "4-bit weights", "scales of the 4-bit weights", "embeddings and head",
+         "norms and biases", "teacher", "reference model", "adapters", "gradients", "optimizer state", "activations",
+         "logits", "KV cache", "workspace")  # fmt: skip
 SHORT = {"lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -161,12 +164,13 @@ def draw(model: str, plans: Mapping[str, Plan], path: Path) -> None:
         raise ValueError("--plot needs matplotlib: run `pip install matplotlib`") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    below = [0.0] * len(plans)
     for name in _names(plans):
         found = [next((p for p in planned.parts if p.name == name), None) for planned in plans.values()]
         heights = [0.0 if part is None else part.nbytes / 1e9 for part in found]
-        below = [sum(p.nbytes for p in planned.parts[: _place(planned, name)]) / 1e9 for planned in plans.values()]
         exact = all(part is None or part.exact for part in found)
         axes.bar([SHORT.get(m, m) for m in plans], heights, bottom=below, label=name, hatch=None if exact else "//")
+        below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set(ylabel="GB (hatched: estimates)", title=model)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     temporary = path.with_name(path.name + ".tmp")
@@ -188,12 +192,8 @@ def _loaded(source: str, setup: Setup) -> Any:
 
 def _names(plans: Mapping[str, Plan]) -> list[str]:
     """Of all parts, in order."""
-    return list(dict.fromkeys(part.name for planned in plans.values() for part in planned.parts))
-
-
-def _place(planned: Plan, name: str) -> int:
-    """How many of its parts lie below this one."""
-    return next((i for i, part in enumerate(planned.parts) if part.name == name), len(planned.parts))
+    there = {part.name for planned in plans.values() for part in planned.parts}
+    return [name for name in ORDER if name in there]
 
 
 def _parts_table(model: str, plans: Mapping[str, Plan]) -> Table:
@@ -213,6 +213,8 @@ def _sentences(plans: Mapping[str, Plan]) -> list[str]:
     first = next(iter(plans.values()))
     said = [f"{first.counts.total:,} parameters; the peak is in the " + ", ".join(
         f"{planned.peak.name} ({SHORT.get(m, m)})" for m, planned in plans.items())]  # fmt: skip
+    if "full" in plans:
+        said.append("full holds its weights in fp32, whatever the activations are")
     if {"lora", "qlora"} <= set(plans):
         lora, qlora = plans["lora"].total, plans["qlora"].total
         if qlora > lora:
@@ -224,7 +226,9 @@ def _sentences(plans: Mapping[str, Plan]) -> list[str]:
 
 
 def _fits_table(fits: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Table:
-    table = Table("card", "method", "longest sequence", "largest batch", "largest model", title="What fits, all else equal")
+    table = Table(
+        "card", "method", "longest sequence", "largest batch", "largest model", title="What fits, all else equal"
+    )
     for card, methods in fits.items():
         for method, found in methods.items():
             length, batch = found["longest_sequence"], found["largest_batch"]

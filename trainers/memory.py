@@ -227,5 +227,3 @@ def _workspace(nbytes: int, of: str) -> Part:
 def _of_the_step(setup: Setup, tensors: Sequence[int]) -> int:
     """torch's AdamW on a CPU goes tensor by tensor, and makes the denominator and one more of its size."""
     return 4 * 2 * max(tensors) if setup.optimizer == "adamw" else 0
-
-

@@ -1,7 +1,7 @@
 """The same arithmetic for other frameworks, to hold it against figures that they have published (docs/memory.md).
 
-    activations a token and layer, bf16    12·D + 4·Kv·Dh + 8·I bytes        with flash attention, as autograd keeps them
-    logits                                 10·V bytes a token / chunks      bf16, fp32, and the gradient in fp32
+    activations a token and layer, bf16    12·D + 4·Kv·Dh + 8·I bytes      with flash attention, as autograd keeps them
+    logits                                 10·V bytes a token / chunks    bf16, fp32, and the gradient in fp32
     eager mode                             times 1.45: copies by rope, fp32 norms, dequantized weights
 
 The three are those of a Llama layer written in plain modules; 1.45 is one number for every row of LitGPT's, fixed by
