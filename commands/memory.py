@@ -26,9 +26,23 @@ from trainers.memory import Plan, Setup, largest_batch, largest_model, longest_s
 
 METHODS = ("full", "lora", "qlora")
 CARDS = (8, 16, 24, 48, 80)
-ORDER = ("weights of the model", "linear weights", "4-bit weights", "scales of the 4-bit weights", "embeddings and head",
-         "norms and biases", "teacher", "reference model", "adapters", "gradients", "optimizer state", "activations",
-         "logits", "KV cache", "workspace")  # fmt: skip
+ORDER = (
+    "weights of the model",
+    "linear weights",
+    "4-bit weights",
+    "scales of the 4-bit weights",
+    "embeddings and head",
+    "norms and biases",
+    "teacher",
+    "reference model",
+    "adapters",
+    "gradients",
+    "optimizer state",
+    "activations",
+    "logits",
+    "KV cache",
+    "workspace",
+)
 SHORT = {"lora": "LoRA", "qlora": "QLoRA"}
 
 
@@ -183,8 +197,10 @@ def draw(model: str, plans: Mapping[str, Plan], path: Path) -> None:
 
 def _loaded(source: str, setup: Setup) -> Any:
     dtype = torch.bfloat16 if setup.dtype == "bf16" and setup.method != "full" else torch.float32
-    four_bits = {"quantize": "nf4", "blocksize": setup.blocksize, "double_quant": setup.double_quant}
-    model = load_model(source, dtype=dtype, **(four_bits if setup.method == "qlora" else {}))
+    quantize = "nf4" if setup.method == "qlora" else None
+    model = load_model(
+        source, dtype=dtype, quantize=quantize, blocksize=setup.blocksize, double_quant=setup.double_quant
+    )
     if setup.method != "full":
         add_adapter(model, LoRAConfig(r=setup.r, alpha=setup.r))
     return model

@@ -75,7 +75,7 @@ def test_weights_and_adapters_are_the_bytes_held(method: str, double_quant: bool
     assert bytes_of(planned, "adapters") == sum(parameter.nbytes for _, parameter in trained)
     assert planned.trained == count_parameters(model)[0]
     live = plan_of_model(model, setup)
-    assert live.total == planned.total and live.exact == planned.exact
+    assert (live.total, live.exact) == (planned.total, planned.exact)
 
 
 @pytest.mark.parametrize(("optimizer", "budget"), [("paged_adamw", None), ("paged_adamw_8bit", None),
@@ -154,7 +154,7 @@ def test_command(tmp_path, capsys) -> None:
     assert sum(part["bytes"] for part in said["plans"]["lora"]["parts"]) == said["plans"]["lora"]["total"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     shown = capsys.readouterr().out
-    assert "4-bit weights" in shown and "exact" in shown and "80 GB" in shown
+    assert all(text in shown for text in ("4-bit weights", "exact", "80 GB"))
 
 
 def test_command_reads_a_config_and_a_live_model(tmp_path, capsys) -> None:

@@ -2,7 +2,7 @@
 
 | knob | rule | sources, and where they differ |
 |---|---|---|
-| method | LoRA if its dense base fits, else QLoRA; full above 1M rows | LoRA Without Regret: as good until data outgrow it |
+| method | LoRA if its dense base fits, else QLoRA; full above 1M rows | LoRA Without Regret |
 | r | 16; 32 from 50,000 rows, 64 from 500,000 | 16 to 64; Unsloth 16 or 32; QLoRA 64; LoRA Without Regret up to 256 |
 | alpha | r | Unsloth r or 2r; torchtune 2r; QLoRA 16 whatever r is |
 | targets | all linear layers | QLoRA fig. 2; LoRA Without Regret |
