@@ -41,6 +41,8 @@ COMMANDS = {
     ),
     "combine": ("commands.combine", "CombineArgs", "several adapters of one base into one"),
     "shrink": ("commands.shrink", "ShrinkArgs", "write a model with some of its layers: a student to distil into"),
+    "memory": ("commands.memory", "MemoryArgs", "what a run will hold, before it starts; what fits in a card"),
+    "recommend": ("commands.recommend", "RecommendArgs", "settings for a model, a dataset and a memory, with reasons"),
     "inspect data": ("commands.inspect_data", "InspectDataArgs", "rows as tokens: what is learnt, what is masked"),
     "inspect model": ("commands.inspect_model", "InspectModelArgs", "the layers of a model and the bytes they hold"),
     "inspect weight": (
