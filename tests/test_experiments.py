@@ -50,7 +50,8 @@ def test_a_merge_of_nothing_moves_nothing_and_a_large_one_arrives() -> None:
     # against a merge by hand
     before = dequantize(q)
     merged = dequantize(quantize(before + delta))
-    assert errors[0] == pytest.approx(float((merged - before - delta).norm() / delta.norm()), rel=1e-4)
+    by_hand = float((merged - before - delta).norm() / delta.norm())
+    assert next(cycles(q, delta))[0] == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_text_and_a_small_model_that_learns() -> None:
@@ -61,7 +62,7 @@ def test_text_and_a_small_model_that_learns() -> None:
     assert len(rows_of(list(range(1000)), 10, 7)) == 7
     model = trained(steps=3)
     held_out = rows_of(text[-4096:].encode(), 64)
-    assert 100 < perplexity(model, held_out) < 260  # of 256 bytes; three steps take it below chance
+    assert perplexity(model, held_out) < 256  # three steps take it below chance
     ids = torch.tensor(held_out)
     logps = torch.log_softmax(model(ids).double(), -1)[:, :-1].gather(-1, ids[:, 1:, None])
     assert perplexity(model, held_out) == pytest.approx(float(torch.exp(-logps.mean())), rel=1e-5)

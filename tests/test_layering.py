@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "commands": {"quant", "kernels", "optim", "lora", "data", "models", "trainers"},
     "qlora": {"quant", "kernels", "optim", "lora", "data", "models", "trainers", "commands"},
 }
-OURS = {*MAY_IMPORT, "tests", "benchmarks", "lessons"}
+OURS = {*MAY_IMPORT, "tests", "benchmarks", "experiments", "lessons"}
 PEERS = {"transformers", "peft", "trl", "bitsandbytes", "accelerate"}
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}
 
@@ -31,7 +31,7 @@ def files_of(room: str) -> list[Path]:
 
 
 SHIPPED = [path for room in MAY_IMPORT for path in files_of(room)]
-ALL = SHIPPED + [path for folder in ("tests", "benchmarks", "lessons") for path in files_of(folder)]
+ALL = SHIPPED + [path for folder in ("tests", "benchmarks", "experiments", "lessons") for path in files_of(folder)]
 
 
 def relative(path: Path) -> str:
@@ -100,7 +100,7 @@ def test_tests_and_benchmarks_are_imported_by_no_one_but_themselves() -> None:
         f"{relative(path)}:{line} imports {name}"
         for path in SHIPPED
         for line, name in imports(ast.parse(path.read_text(encoding="utf-8")))
-        if name in {"tests", "benchmarks"}
+        if name in {"tests", "benchmarks", "experiments"}
     ]
     assert not found
 

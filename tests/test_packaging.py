@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
 MODULES = PROJECT["tool"]["setuptools"]["py-modules"]
-NOT_SHIPPED = {"tests", "benchmarks", "lessons", "docs", "build", "runs"}
+NOT_SHIPPED = {"tests", "benchmarks", "experiments", "lessons", "docs", "build", "runs"}
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
