@@ -64,7 +64,8 @@ def test_text_and_a_small_model_that_learns() -> None:
     held_out = rows_of(text[-4096:].encode(), 64)
     assert perplexity(model, held_out) < 256  # three steps take it below chance
     ids = torch.tensor(held_out)
-    logps = torch.log_softmax(model(ids).double(), -1)[:, :-1].gather(-1, ids[:, 1:, None])
+    with torch.no_grad():
+        logps = torch.log_softmax(model(ids).double(), -1)[:, :-1].gather(-1, ids[:, 1:, None])
     assert perplexity(model, held_out) == pytest.approx(float(torch.exp(-logps.mean())), rel=1e-5)
 
 
