@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test kill-test gpu-test gpu-bench lint bench clean
+.PHONY: demo test kill-test gpu-test gpu-bench lint bench docs clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -37,6 +37,10 @@ bench: .venv/dev
 	for name in $(BENCHES); do $(BIN)/qlora bench $$name || exit 1; done
 	$(BIN)/python -m benchmarks.tables
 
+# The docs, the lessons and the code's docstrings as a site; a dead link ends it.
+docs: .venv/dev
+	$(BIN)/python docs/build.py
+
 clean:
 	rm -rf .venv build *.egg-info
 
@@ -49,5 +53,5 @@ clean:
 
 # What testing needs besides: the linters, and the peers that serve as oracles.
 .venv/dev: .venv/run
-	$(PIP) -e ".[dev,peers,plot,parquet]"
+	$(PIP) -e ".[dev,peers,plot,parquet,docs]"
 	touch $@
