@@ -26,7 +26,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "docs/log.md": "# Log\n",
         "docs/site.css": "",
         "quant/__init__.py": "",
-        "quant/a.py": '"""One thing.\n\n    y = x²\n"""\n\ndef f(x: int) -> int:\n    """x squared."""\n    return x**2\n',
+        "quant/a.py": '"""One thing.\n\n    y = x²\n"""\n\ndef f(x):\n    """x squared."""\n    return x**2\n',
         "kernels/cpu/b.h": "int b;\n",
         "mkdocs.yml": (ROOT / "mkdocs.yml").read_text(encoding="utf-8"),
     }.items():
