@@ -25,7 +25,7 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from .buffers import empty
-from .dispatch import backend_for, captured_backend, implementation, register
+from .dispatch import asked_backend, backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
 
 CHUNK_BYTES = 1 << 25
@@ -213,7 +213,19 @@ def _plain_chunk(
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])
-    for start in range(0, len(x), CACHED_ROWS):
+    _softmax_slope(z, options, targets, nll, entropy)
+    torch.mm(z, weight, out=slope).div_(options.temperature)
+
+
+def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor) -> None:
+    """z (m, V) before the temperature → dnll/dz · temperature, in place; nll (m,) and, if it is wanted, entropy (m,)."""
+    if asked_backend() in ("auto", "cpu"):
+        from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
+
+        if elementwise.serves_softmax(z):
+            wanted = entropy if options.with_entropy else None
+            return elementwise.softmax_slope(z, options.temperature, targets, nll, wanted)
+    for start in range(0, len(z), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         p = z[rows].div_(options.temperature)
         shifted = p.sub_(p.amax(dim=1, keepdim=True))
@@ -224,7 +236,6 @@ def _plain_chunk(
         if unscaled is not None:
             entropy[rows] = total.log() - unscaled / total
         _minus_onehot(p.div_(total[:, None]), targets[rows])
-    torch.mm(z, weight, out=slope).div_(options.temperature)
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:

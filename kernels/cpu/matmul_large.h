@@ -3,7 +3,7 @@
    Blocked as in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with the weight in
    the place of the matrix that is packed on the way: here it is decoded on the way, a tile at a time, into the cache.
 
-     for every OUT outputs (in parallel; each thread has its own tile of the weight):
+     for every OUT outputs and ROWS rows of x (in parallel; each thread has its own tile of the weight):
        for every REDUCE steps of the reduction: decode the tile, panels of PANEL outputs: [panel][step][output];
          for every TILE_ROWS rows of x, copied side by side, and every panel:
            TILE_ROWS · 2 accumulators in registers; each step loads 2 vectors of the tile, broadcasts TILE_ROWS of x
@@ -139,16 +139,26 @@ static void multiply_edge(const float *x, const float *w, int64_t steps, float *
             y[i * y_step + j] = add ? y[i * y_step + j] + whole[i * PANEL + j] : whole[i * PANEL + j];
 }
 
+/* The lines of x's next rows, and of the sums: too short stretches for the processor to notice where they lead. */
+INLINE void fetch(const char *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 /* y (rows, outputs) (+)= x[…][t0 … t0 + steps] · tile, x of `length` columns. */
 INLINE void multiply_tile(const void *x, int dtype, int64_t length, int64_t t0, int64_t steps, int64_t rows,
                           const float *tile, int64_t outputs, float *y, int64_t y_step, int add) {
+    const int64_t size = dtype == FP32 ? 4 : 2;
     float x_tile[TILE_ROWS * X_STEP];
     for (int64_t row = 0; row < rows; row += TILE_ROWS) {
-        int64_t here = smaller(TILE_ROWS, rows - row);
+        int64_t here = smaller(TILE_ROWS, rows - row), next = row + here;
         for (int64_t i = 0; i < here; i++) read_row(x, dtype, (row + i) * length + t0, steps, x_tile + i * X_STEP);
         for (int64_t j = 0; j < outputs; j += PANEL) {
             const float *panel = tile + j * REDUCE;
             float *at = y + row * y_step + j;
+            if (add)
+                for (int64_t i = 0; i < here; i++) fetch((const char *)(at + i * y_step), 4 * PANEL);
+            for (int64_t i = 0; i < THIRD && next < rows && next < row + 2 * TILE_ROWS; i++, next++)
+                fetch((const char *)x + (next * length + t0) * size, steps * size);
             if (here % THIRD || outputs - j < PANEL)
                 multiply_edge(x_tile, panel, steps, at, y_step, add, here, smaller(PANEL, outputs - j));
             else
@@ -162,35 +172,51 @@ static void add_bias(float *y, int64_t y_step, int64_t rows, int64_t outputs, co
         for (int64_t j = 0; j < outputs; j++) y[i * y_step + j] += bias[j];
 }
 
-INLINE void sweep(const product *p, int64_t row0, int64_t rows, const int backward) {
+/* Rows row0 … and outputs j0 … of y. */
+INLINE void product_block(const product *p, const codebook *code, int64_t row0, int64_t rows, int64_t j0,
+                          int64_t outputs, float *tile, float *sums, const int backward) {
     const int64_t length = backward ? p->N : p->K, all_outputs = backward ? p->K : p->N;
-    const char *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
-    const float *low = p->low + row0 * p->r;
+    const void *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
+    const int64_t y_step = p->dtype == FP32 ? all_outputs : OUT;
+    float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
+    for (int64_t t = 0; t < length; t += REDUCE) {
+        int64_t steps = smaller(REDUCE, length - t);
+        if (backward)
+            decode_tile_dx(p, code, j0, outputs, t, steps, tile);
+        else
+            decode_tile(p, code, j0, outputs, t, steps, tile);
+        multiply_tile(x, p->dtype, length, t, steps, rows, tile, outputs, y, y_step, t > 0);
+    }
+    for (int64_t t = 0; t < p->r; t += REDUCE) {
+        int64_t steps = smaller(REDUCE, p->r - t);
+        copy_up_tile(p, j0, outputs, t, steps, tile, backward);
+        multiply_tile(p->low + row0 * p->r, FP32, p->r, t, steps, rows, tile, outputs, y, y_step, 1);
+    }
+    if (p->bias) add_bias(y, y_step, rows, outputs, p->bias + j0);
+    if (p->dtype != FP32)
+        for (int64_t i = 0; i < rows; i++)
+            write_row(sums + i * OUT, outputs, p->y, p->dtype, (row0 + i) * all_outputs + j0);
+}
+
+/* Outputs of a task: fewer where the threads would else have less than two tasks each. A multiple of PANEL, and of the
+   32 weights decoded at once. */
+static int64_t outputs_of_task(int64_t all_outputs, int64_t M, int threads) {
+    const int64_t sizes[] = {OUT, OUT / 2, 32}, row_blocks = (M + ROWS - 1) / ROWS;
+    int i = 0;
+    while (i < 2 && (all_outputs + sizes[i] - 1) / sizes[i] * row_blocks < 2 * threads) i++;
+    return sizes[i];
+}
+
+INLINE void many_rows(const product *p, const int backward) {
+    const int64_t all_outputs = backward ? p->K : p->N, width = outputs_of_task(all_outputs, p->M, p->threads);
 #pragma omp parallel num_threads(p->threads)
     {
         const codebook code = load_codebook(p->q->code);
-        float *tile = p->workspace + THREAD * floats_per_thread(rows), *sums = tile + TILE_FLOATS;
-#pragma omp for schedule(dynamic)
-        for (int64_t j0 = 0; j0 < all_outputs; j0 += OUT) {
-            int64_t outputs = smaller(OUT, all_outputs - j0), y_step = p->dtype == FP32 ? all_outputs : OUT;
-            float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
-            for (int64_t t = 0; t < length; t += REDUCE) {
-                int64_t steps = smaller(REDUCE, length - t);
-                if (backward)
-                    decode_tile_dx(p, &code, j0, outputs, t, steps, tile);
-                else
-                    decode_tile(p, &code, j0, outputs, t, steps, tile);
-                multiply_tile(x, p->dtype, length, t, steps, rows, tile, outputs, y, y_step, t > 0);
-            }
-            for (int64_t t = 0; t < p->r; t += REDUCE) {
-                int64_t steps = smaller(REDUCE, p->r - t);
-                copy_up_tile(p, j0, outputs, t, steps, tile, backward);
-                multiply_tile(low, FP32, p->r, t, steps, rows, tile, outputs, y, y_step, 1);
-            }
-            if (p->bias) add_bias(y, y_step, rows, outputs, p->bias + j0);
-            if (p->dtype != FP32)
-                for (int64_t i = 0; i < rows; i++)
-                    write_row(sums + i * OUT, outputs, p->y, p->dtype, (row0 + i) * all_outputs + j0);
-        }
+        float *tile = p->workspace + THREAD * floats_per_thread(smaller(p->M, ROWS)), *sums = tile + TILE_FLOATS;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t j0 = 0; j0 < all_outputs; j0 += width)
+            for (int64_t row0 = 0; row0 < p->M; row0 += ROWS)
+                product_block(p, &code, row0, smaller(ROWS, p->M - row0), j0, smaller(width, all_outputs - j0), tile, sums,
+                              backward);
     }
 }

@@ -19,9 +19,9 @@ enum {
     TILE_ROWS = LANES == 16 ? 12 : 6, /* rows of x in registers at a time, of 2 vectors of outputs each */
     THIRD = TILE_ROWS / 3,
     PANEL = 2 * LANES,       /* outputs side by side */
-    REDUCE = LANES == 16 ? 128 : 256, /* steps of the reduction at a time: a panel of the weight is 16 KiB */
-    OUT = 96,                /* outputs a tile: a multiple of PANEL, and of the 32 weights decoded at once */
-    ROWS = 1024,             /* rows of x a sweep over the weight: what decoding is shared by */
+    REDUCE = 288,            /* steps of the reduction at a time: TILE_ROWS rows of x stay in the L1 cache */
+    OUT = 192,               /* outputs a tile, where there are enough of them */
+    ROWS = 512,              /* rows of x that share a decoded tile */
     X_STEP = REDUCE + 16,    /* between rows that lie side by side: not a power of two, or they would share cache sets */
     TILE_FLOATS = OUT * REDUCE,
 };
