@@ -218,7 +218,7 @@ def _plain_chunk(
 
 
 def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor) -> None:
-    """z (m, V) before the temperature → dnll/dz · temperature, in place; nll (m,) and, if it is wanted, entropy (m,)."""
+    """z (m, V) before the temperature → τ · dnll/dz, in place; fills nll (m,), and entropy (m,) if it is wanted."""
     if asked_backend() in ("auto", "cpu"):
         from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
 

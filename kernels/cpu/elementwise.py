@@ -70,9 +70,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     per_row = 0 if len(cos) == 1 else cos.stride(0)
     heads = Heads(*x.shape, *x.stride()[:3])
     angles = (cos.data_ptr(), sin.data_ptr(), per_row, -1 if backwards else 1)
-    load().rope(
-        x.data_ptr(), DTYPES[x.dtype], ctypes.byref(heads), *angles, y.data_ptr(), torch.get_num_threads()
-    )
+    load().rope(x.data_ptr(), DTYPES[x.dtype], ctypes.byref(heads), *angles, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -88,6 +86,4 @@ def softmax_slope(z: Tensor, temperature: float, targets: Tensor, nll: Tensor, e
     """z fp32 (m, V) → softmax(z / temperature) - onehot(targets), in place; fills nll (m,), and entropy (m,) if any."""
     targets = targets.contiguous()
     outputs = (nll.data_ptr(), None if entropy is None else entropy.data_ptr())
-    load().softmax_slope(
-        z.data_ptr(), *z.shape, 1 / temperature, targets.data_ptr(), *outputs, torch.get_num_threads()
-    )
+    load().softmax_slope(z.data_ptr(), *z.shape, 1 / temperature, targets.data_ptr(), *outputs, torch.get_num_threads())

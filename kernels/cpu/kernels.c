@@ -11,6 +11,7 @@
 #include "elementwise.h"
 #include "matmul_large.h"
 #include "matmul_small.h"
+#include "dense.h"
 
 void FOR_ISA(matmul)(const product *p) {
     if (p->M <= SMALL)

@@ -72,6 +72,7 @@ class Library:
             "swiglu_dx": (None, [p, p, p, i, n, p, p, i]),
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
             "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
+            "dense_bf16": (None, [p, p, n, n, n, p, i]),
             "decode_floats": (c_int64, [p, p, n]),
             "decode": (None, [p, p, n]),
         }
@@ -94,6 +95,7 @@ class Library:
     swiglu_dx: "ctypes._NamedFuncPointer"
     rope: "ctypes._NamedFuncPointer"
     softmax_slope: "ctypes._NamedFuncPointer"
+    dense_bf16: "ctypes._NamedFuncPointer"
     decode_floats: "ctypes._NamedFuncPointer"
     decode: "ctypes._NamedFuncPointer"
 
