@@ -9,8 +9,8 @@ completions are its to the last id. Columns of the CSV:
 
     tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
     prefill_ms          from the call to the first tokens
-    head_kl, head_top   of a head in fewer bits against the dense one, over the same hidden states (prompts with the dense
-                        head's greedy completions): mean KL in nats, share of positions with the same likeliest token
+    head_kl, head_top   of a head in fewer bits against the dense one, over the same hidden states (prompts with their
+                        greedy completions): mean KL in nats, share of positions with the same likeliest token
     ratio, ratio_fp32   tokens_per_second over that of the peer as it comes, and in fp32, in the same round: median
 """
 
