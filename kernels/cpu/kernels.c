@@ -12,6 +12,7 @@
 #include "matmul_large.h"
 #include "matmul_small.h"
 #include "dense.h"
+#include "attention.h"
 
 void FOR_ISA(matmul)(const product *p) {
     if (p->M <= SMALL)

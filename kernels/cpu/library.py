@@ -73,6 +73,9 @@ class Library:
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
             "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
             "dense_bf16": (None, [p, p, n, n, n, p, i]),
+            "attention_floats": (c_int64, [p, i]),
+            "attention": (None, [p]),
+            "attention_dx": (None, [p]),
             "decode_floats": (c_int64, [p, p, n]),
             "decode": (None, [p, p, n]),
         }
@@ -96,6 +99,9 @@ class Library:
     rope: "ctypes._NamedFuncPointer"
     softmax_slope: "ctypes._NamedFuncPointer"
     dense_bf16: "ctypes._NamedFuncPointer"
+    attention_floats: "ctypes._NamedFuncPointer"
+    attention: "ctypes._NamedFuncPointer"
+    attention_dx: "ctypes._NamedFuncPointer"
     decode_floats: "ctypes._NamedFuncPointer"
     decode: "ctypes._NamedFuncPointer"
 
