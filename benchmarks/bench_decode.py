@@ -9,6 +9,8 @@ completions are its to the last id. Columns of the CSV:
 
     tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
     prefill_ms          from the call to the first tokens
+    head_kl, head_top   of a head in fewer bits against the dense one, over the same hidden states (prompts with their
+                        greedy completions): mean KL in nats, share of positions with the same likeliest token
     ratio, ratio_fp32   tokens_per_second over that of the peer as it comes, and in fp32, in the same round: median
 """
 
@@ -58,6 +60,8 @@ def main() -> None:
         rows = []
         for batch in map(int, args.batches.split(",")):
             rows += compare(models, prompts(batch), args.tokens, args.rounds)
+        found = head_quality(arms, prompts(32), args.tokens)
+    rows = [row | found.get(row["arm"], {"head_kl": "", "head_top": ""}) for row in rows]
     write_rows("decode", rows, key="key")
 
 
@@ -87,6 +91,7 @@ def ours() -> dict[str, Decoder]:
     merge_adapter(merged, into="nf4")
     return {
         "ours": loaded(),
+        "ours, head in bf16": loaded("bf16"),
         "ours, head in NF4": loaded("nf4"),
         "ours, head in NF4, adapter": adapted(),
         "ours, head in NF4, adapter merged": merged,
@@ -136,6 +141,21 @@ def gate(model: Decoder, theirs: Any) -> None:
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= 1e-3:
         raise ValueError(f"our logits differ from the peer's by {error:.1e} of their scale")
+
+
+def head_quality(arms: dict[str, Decoder], prompts: Ids, n: int) -> dict[str, dict[str, str]]:
+    """head_kl and head_top of the arms that differ from "ours" in the head alone."""
+    model = arms["ours"]
+    whole = [p + c.ids for p, c in zip(prompts, generate(model, prompts, max_new_tokens=n), strict=True)]
+    hidden = model(torch.tensor(whole), return_hidden=True).flatten(0, 1)
+    wanted = torch.log_softmax(model.logits(hidden), dim=1)
+    found = {}
+    for name in ("ours, head in bf16", "ours, head in NF4"):
+        logps = torch.log_softmax(arms[name].logits(hidden), dim=1)
+        kl = (wanted.exp() * (wanted - logps)).sum(dim=1).mean()
+        top = (logps.argmax(dim=1) == wanted.argmax(dim=1)).float().mean()
+        found[name] = {"head_kl": f"{kl:.2e}", "head_top": f"{top:.4f}"}
+    return found
 
 
 def compare(arms: dict[str, Run], prompts: Ids, n: int, rounds: int) -> list[dict[str, Any]]:

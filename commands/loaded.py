@@ -28,8 +28,8 @@ class ModelArgs:
     the adapter, else the model's own."""
     quantize: Literal["none", "nf4", "fp4"] = "none"
     """Hold the linear layers in 4 bits, as QLoRA training did."""
-    head: Literal["dense", "nf4", "fp4"] = "dense"
-    """Hold the output layer in 4 bits too: answers come faster, from rounded logits."""
+    head: Literal["dense", "bf16", "nf4", "fp4"] = "dense"
+    """Hold the output layer in fewer bits: answers come faster, from rounded weights (README says what that costs)."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Dense weights and activations."""
 

@@ -8,7 +8,7 @@
     M rows, D hidden size, V vocabulary
 
 Rows go through in chunks. At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much
-again; a chunk is 32 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
+again; a chunk is 48 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
 for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
 head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
 another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
@@ -25,10 +25,10 @@ from torch import Tensor
 from quant import QuantizedTensor
 
 from .buffers import empty
-from .dispatch import backend_for, captured_backend, implementation, register
+from .dispatch import asked_backend, backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
 
-CHUNK_BYTES = 1 << 25
+CHUNK_BYTES = 3 << 24  # what a chunk's logits may take: in larger chunks the head is read less often
 VOCABULARY_BLOCK = 1024  # columns of the logits a product fills: MKL packs W, and a block of it (2.4 MB) stays in cache
 CACHED_ROWS = 8  # rows of logits the softmax passes over at a time, for the same reason
 
@@ -126,7 +126,9 @@ def _logits(hidden: Tensor, head: Head, options: _Options) -> Tensor:
 
 
 def _chunks(n_rows: int, V: int) -> list[slice]:
-    rows = max(1, CHUNK_BYTES // (4 * V))
+    """Of equal size: a short last one would read the whole head for a few rows."""
+    most = max(1, CHUNK_BYTES // (4 * V))
+    rows = -(-n_rows // -(-n_rows // most)) if n_rows else 1
     return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
 
 
@@ -213,7 +215,19 @@ def _plain_chunk(
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])
-    for start in range(0, len(x), CACHED_ROWS):
+    _softmax_slope(z, options, targets, nll, entropy)
+    torch.mm(z, weight, out=slope).div_(options.temperature)
+
+
+def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor) -> None:
+    """z (m, V) before the temperature → τ · dnll/dz, in place; fills nll (m,), and entropy (m,) if it is wanted."""
+    if asked_backend() in ("auto", "cpu"):
+        from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
+
+        if elementwise.serves_softmax(z):
+            wanted = entropy if options.with_entropy else None
+            return elementwise.softmax_slope(z, options.temperature, targets, nll, wanted)
+    for start in range(0, len(z), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         p = z[rows].div_(options.temperature)
         shifted = p.sub_(p.amax(dim=1, keepdim=True))
@@ -224,7 +238,6 @@ def _plain_chunk(
         if unscaled is not None:
             entropy[rows] = total.log() - unscaled / total
         _minus_onehot(p.div_(total[:, None]), targets[rows])
-    torch.mm(z, weight, out=slope).div_(options.temperature)
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:

@@ -173,6 +173,7 @@ class _LoRAMatmul(torch.autograd.Function):
         terms, lows = rest[: 3 * n], rest[3 * n :]
         As, Bs, own = terms[0::3], terms[1::3], terms[2::3]
         _, _, wants_x, wants_base, wants_bias, *wants = ctx.needs_input_grad
+        dy = dy.contiguous()  # attention's gradients are not, and each of its users would copy it
         dy_rows = _rows(dy)
         highs = [dy_rows @ sB for sB in _scaled(ctx.scalings, Bs, dy.dtype)]
 

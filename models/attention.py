@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels.attention
+
 from .config import DecoderConfig
 from .elementwise import apply_rope as apply_rope
 from .rope_config import yarn_scale
@@ -224,6 +226,10 @@ def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
     """One document a row, in order."""
+    if window is None or q.shape[1] <= window.window:
+        y = kernels.attention.causal_attention(q, k, v)
+        if y is not None:
+            return y
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if window is None or q.shape[2] <= window.window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

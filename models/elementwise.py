@@ -11,7 +11,8 @@
 
 Autograd would keep every intermediate: for swiglu two more tensors as large as its inputs. Computed in fp32, rounded
 once to the dtype of the input. Rope is linear: it keeps only its angles; the sum keeps nothing. Results, and what is
-needed on the way, lie in kernels.buffers, and are worked on in place.
+needed on the way, lie in kernels.buffers, and are worked on in place. Where C kernels serve (kernels/elementwise.py)
+they do the same in one pass; backward takes what forward took.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.buffers import empty_like
+from kernels.elementwise import one_pass
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,14 +66,21 @@ def _wide(x: Tensor) -> torch.dtype:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = empty_like(x, _wide(x))
-        rho = torch.rsqrt(torch.mul(x, x, out=y).mean(dim=-1, keepdim=True).add_(eps))
+        ctx.fast = one_pass(x)
+        if ctx.fast:
+            y, rho = ctx.fast.rms_norm(x, weight, eps)
+        else:
+            y = empty_like(x, _wide(x))
+            rho = torch.rsqrt(torch.mul(x, x, out=y).mean(dim=-1, keepdim=True).add_(eps))
+            y = torch.mul(x, rho, out=y).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, rho)
-        return torch.mul(x, rho, out=y).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rho = ctx.saved_tensors
+        if ctx.fast and not ctx.needs_input_grad[1]:
+            return ctx.fast.rms_norm_dx(dy, x, weight, rho), None, None
         x_hat = torch.mul(x, rho, out=empty_like(x, _wide(x)))
         dx = dg = None
         if ctx.needs_input_grad[1]:
@@ -87,12 +96,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.fast = one_pass(gate, up)
+        if ctx.fast:
+            return ctx.fast.swiglu(gate, up)
         y = empty_like(gate, _wide(gate)).copy_(gate)
         return F.silu(y, inplace=True).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if ctx.fast:
+            return ctx.fast.swiglu_dx(dy, gate, up)
         s = torch.sigmoid(gate.to(_wide(gate)), out=empty_like(gate, _wide(gate)))
         d_gate = torch.mul(s, -1, out=empty_like(gate, _wide(gate))).add_(1).mul_(gate).add_(1)
         d_gate.mul_(s).mul_(up).mul_(dy)
@@ -104,12 +118,13 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        ctx.fast = one_pass(x)
+        return ctx.fast.rope(x, cos, sin, False) if ctx.fast else _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(dy, cos, -sin), None, None
+        return (ctx.fast.rope(dy, cos, sin, True) if ctx.fast else _turned(dy, cos, -sin)), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -72,9 +72,9 @@ def load_model(
     """A Decoder in eval mode from a Hugging Face folder, a .gguf file, a hub id or a built-in name (smollm2-135m).
 
     dtype: of every dense parameter, and of what 4-bit weights dequantize to; None keeps the checkpoint's (fp32 for a
-    GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head. head: the same for
-    lm_head, the half of what decoding a token reads in a small model; None leaves it dense, and tied where it was. One
-    in 4 bits is a copy: embeddings stay dense.
+    GGUF file in block formats). quantize: None, nf4 or fp4, for every linear layer but lm_head. head: bf16, nf4
+    or fp4 for lm_head, the half of what decoding a token reads in a small model; None leaves it as it is, and tied
+    where it was. Such a head is a copy: embeddings stay.
     A folder that is in bitsandbytes' 4 bits already is taken as it is: its codes, its block sizes, its dense layers.
     Raises ValueError, in one line naming the file and the tensor, when the source is missing, damaged, not supported,
     or does not fit its config, when it is in 4 bits of another type than `quantize`, and when a weight is NaN or
@@ -106,7 +106,9 @@ def load_model(
         for leaf, _ in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, f"{name}.{leaf}", dtype, device)))
     model.tie_weights()
-    if head is not None and isinstance(model.lm_head, nn.Linear):
+    if head == "bf16" and isinstance(model.lm_head, nn.Linear):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.bfloat16, copy=True))
+    elif head is not None and isinstance(model.lm_head, nn.Linear):
         options = {"quant_type": head, "blocksize": blocksize, "double_quant": double_quant}
         replace_module(model, HEAD, LinearNF4.from_weight(model.lm_head.weight.detach(), **options))  # type: ignore[arg-type]
     return model.eval()
@@ -134,9 +136,9 @@ def load_weight(source: str | Path, layer: str) -> tuple[str, Tensor | Quantized
 def _check_options(dtype: torch.dtype | None, quantize: str | None, head: str | None, blocksize: int) -> None:
     if dtype is not None:
         _supported(dtype)
-    for name, value in (("quantize", quantize), ("head", head)):
-        if value not in (None, *QUANT_TYPES):
-            raise ValueError(f"{name} must be None, {' or '.join(QUANT_TYPES)}, got {value!r}")
+    for name, value, known in (("quantize", quantize, QUANT_TYPES), ("head", head, ("bf16", *QUANT_TYPES))):
+        if value not in (None, *known):
+            raise ValueError(f"{name} must be None, {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
 

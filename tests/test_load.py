@@ -230,6 +230,23 @@ def test_a_head_in_4_bits_is_a_copy_and_the_embeddings_stay(tmp_path: Path) -> N
         assert isinstance(again.lm_head, LinearNF4)
 
 
+def test_a_head_in_bf16_is_a_copy_and_its_logits_are_of_its_exact_values(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = small_decoder(tie_word_embeddings=tied)
+        save_model(model, tmp_path / "m")
+        loaded = load_model(tmp_path / "m", head="bf16")
+        assert loaded.model.embed_tokens.weight.dtype == torch.float32
+        weight = model.lm_head.weight.detach().bfloat16()
+        assert torch.equal(loaded.lm_head.weight, weight)
+        hidden = torch.randn(3, model.config.hidden_size)
+        plain = hidden @ weight.float().T
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found = loaded.logits(hidden)
+            assert (found - plain).abs().max() <= 100 * torch.finfo(torch.float32).eps * plain.abs().max()
+        assert generate(loaded, [[1, 2]], max_new_tokens=3)[0].finish_reason == "length"
+
+
 MEASURE = """
 import json, sys, threading, time
 import torch
@@ -319,7 +336,7 @@ def test_loading_in_4_bits_adds_the_model_and_little_more(folder: Path, tmp_path
     ("options", "message"),
     [
         ({"quantize": "int8"}, "quantize must be None, nf4 or fp4, got 'int8'"),
-        ({"head": "bf16"}, "head must be None, nf4 or fp4, got 'bf16'"),
+        ({"head": "fp16"}, "head must be None, bf16, nf4 or fp4, got 'fp16'"),
         ({"quantize": "nf4", "blocksize": 100}, "blocksize must be one of 32, 64, .* got 100"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got float64"),
         ({"dtype": torch.int8}, "got int8"),

@@ -8,12 +8,18 @@
     product.h        what a product takes, and its workspace
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
+    dense.h          a few rows under a dense weight in bf16: the head in decoding
+    elementwise.h    RMSNorm, SwiGLU, rope and the loss's softmax in one pass
+    attention.h      causal attention over whole rows, forward and backward
     decode.h         all layers of a decoder for one new token a row
     build.py         compiles them into a cache
     library.py       calls them
     operations.py    registers them as backend "cpu"
     adamw.py         registers the optimizer's step
     decode.py        calls decode.h
+    attention.py     calls attention.h
+    dense.py         calls dense.h
+    elementwise.py   calls elementwise.h
     lora.py          base and low-rank terms in one product
 
 Importing this registers the backend. Nothing is compiled before the first call.

@@ -40,26 +40,6 @@ INLINE float number_as(const void *p, int dtype, int64_t at) {
     return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
 }
 
-/* = 2^n · e^t with |t| ≤ ln 2 / 2, the second by its Taylor series. */
-INLINE vec exp_(vec x) {
-    const vec magic = every(12582912.0f); /* 1.5 · 2^23: adding it rounds to an integer, in the lowest bits */
-    x = choose(x < every(-87.0f), every(-87.0f), x);
-    x = choose(x > every(88.0f), every(88.0f), x);
-    vec shifted = fma_(x, every(1.44269504f), magic), n = shifted - magic;
-    vec t = fma_(n, every(-0.693359375f), x);
-    t = fma_(n, every(2.12194440e-4f), t);
-    vec y = every(1.0f / 5040);
-    y = fma_(y, t, every(1.0f / 720));
-    y = fma_(y, t, every(1.0f / 120));
-    y = fma_(y, t, every(1.0f / 24));
-    y = fma_(y, t, every(1.0f / 6));
-    y = fma_(y, t, every(0.5f));
-    y = fma_(y, t, every(1.0f));
-    y = fma_(y, t, every(1.0f));
-    ivec power = ((ivec)shifted - (ivec)magic + 127) << 23;
-    return y * (vec)power;
-}
-
 static void norm_row(float *row, int64_t n, const float *gain, float eps) {
     float rho = 1 / sqrtf(dot(row, row, n) / (float)n + eps);
     for (int64_t i = 0; i < n; i++) row[i] = row[i] * rho * gain[i];
@@ -177,20 +157,6 @@ static void attention_rows(const decode_step *s, const decoder_layer *l, float *
     }
 }
 
-static void swiglu_rows(const decode_step *s, float *gate, const float *up) {
-#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R > 2)
-    for (int64_t row = 0; row < s->R; row++) {
-        float *a = gate + row * s->inner;
-        const float *b = up + row * s->inner;
-        int64_t i = 0;
-        for (; i + LANES <= s->inner; i += LANES) {
-            vec x = load(a + i);
-            store(a + i, x / (exp_(-x) + every(1.0f)) * load(b + i));
-        }
-        for (; i < s->inner; i++) a[i] = a[i] / (1 + expf(-a[i])) * b[i];
-    }
-}
-
 INLINE int64_t score_floats(const decode_step *s) { return (s->longest + LANES - 1) / LANES * LANES + LANES; }
 
 /* Floats of one step's workspace; a product's own comes last. */
@@ -225,7 +191,7 @@ void FOR_ISA(decode)(const decode_step *s, const decoder_layer *layers, int64_t 
         norm_rows(s, l->post_norm, h);
         linear_rows(s, &l->gate, h, gate, low, rest);
         linear_rows(s, &l->up, h, up, low, rest);
-        swiglu_rows(s, gate, up);
+        FOR_ISA(swiglu)(gate, up, FP32, R * s->inner, gate, s->threads);
         linear_rows(s, &l->down, gate, added, low, rest);
         add_rows(s, added);
     }

@@ -8,19 +8,19 @@
 #include "quantize.h"
 #include "adamw.h"
 #include "product.h"
+#include "elementwise.h"
 #include "matmul_large.h"
 #include "matmul_small.h"
+#include "dense.h"
+#include "attention.h"
 
 void FOR_ISA(matmul)(const product *p) {
-    if (p->M <= SMALL) {
+    if (p->M <= SMALL)
         few_rows(p);
-        return;
-    }
-    for (int64_t row = 0; row < p->M; row += ROWS) sweep(p, row, smaller(ROWS, p->M - row), 0);
+    else
+        many_rows(p, 0);
 }
 
-void FOR_ISA(matmul_dx)(const product *p) {
-    for (int64_t row = 0; row < p->M; row += ROWS) sweep(p, row, smaller(ROWS, p->M - row), 1);
-}
+void FOR_ISA(matmul_dx)(const product *p) { many_rows(p, 1); }
 
 #include "decode.h" /* calls the products above */

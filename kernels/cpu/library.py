@@ -66,6 +66,16 @@ class Library:
             "workspace_floats": (c_int64, [n, n, n, n, i]),
             "matmul": (None, [POINTER(Product)]),
             "matmul_dx": (None, [POINTER(Product)]),
+            "rms_norm": (None, [p, i, p, c_float, n, n, p, p, i]),
+            "rms_norm_dx": (None, [p, p, i, p, p, n, n, p, i]),
+            "swiglu": (None, [p, p, i, n, p, i]),
+            "swiglu_dx": (None, [p, p, p, i, n, p, p, i]),
+            "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
+            "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
+            "dense_bf16": (None, [p, p, n, n, n, p, i]),
+            "attention_floats": (c_int64, [p, i]),
+            "attention": (None, [p]),
+            "attention_dx": (None, [p]),
             "decode_floats": (c_int64, [p, p, n]),
             "decode": (None, [p, p, n]),
         }
@@ -82,6 +92,16 @@ class Library:
     workspace_floats: "ctypes._NamedFuncPointer"
     matmul: "ctypes._NamedFuncPointer"
     matmul_dx: "ctypes._NamedFuncPointer"
+    rms_norm: "ctypes._NamedFuncPointer"
+    rms_norm_dx: "ctypes._NamedFuncPointer"
+    swiglu: "ctypes._NamedFuncPointer"
+    swiglu_dx: "ctypes._NamedFuncPointer"
+    rope: "ctypes._NamedFuncPointer"
+    softmax_slope: "ctypes._NamedFuncPointer"
+    dense_bf16: "ctypes._NamedFuncPointer"
+    attention_floats: "ctypes._NamedFuncPointer"
+    attention: "ctypes._NamedFuncPointer"
+    attention_dx: "ctypes._NamedFuncPointer"
     decode_floats: "ctypes._NamedFuncPointer"
     decode: "ctypes._NamedFuncPointer"
 

@@ -16,21 +16,23 @@ typedef struct {
 } product;
 
 enum {
-    PANEL = 2 * LANES,       /* rows of x side by side, so that one load takes LANES of them */
-    REDUCE = LANES == 16 ? 128 : 256, /* steps of the reduction at a time: a panel of x, 16 KiB, stays in the L1 cache */
-    OUT = 96,                /* outputs a tile: a multiple of TILE_OUT, and of the 32 weights decoded at once */
-    ROWS = 512,              /* rows of x a sweep over the weight: what decoding is shared by */
-    ROW_STEP = REDUCE + 16,  /* between rows of a decoded tile: not a power of two, or they would share cache sets */
-    TILE_FLOATS = OUT * ROW_STEP,
+    TILE_ROWS = LANES == 16 ? 12 : 6, /* rows of x in registers at a time, of 2 vectors of outputs each */
+    THIRD = TILE_ROWS / 3,
+    PANEL = 2 * LANES,       /* outputs side by side */
+    REDUCE = 288,            /* steps of the reduction at a time: TILE_ROWS rows of x stay in the L1 cache */
+    OUT = 192,               /* outputs a tile, where there are enough of them */
+    ROWS = 512,              /* rows of x that share a decoded tile */
+    X_STEP = REDUCE + 16,    /* between rows that lie side by side: not a power of two, or they would share cache sets */
+    TILE_FLOATS = OUT * REDUCE,
 };
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t panels_of(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
-/* Floats: rows of x and low, packed; then for each thread a decoded tile and its accumulators. */
-INLINE int64_t floats_per_thread(int64_t panels) { return TILE_FLOATS + OUT * panels * PANEL; }
+/* Floats: a decoded tile, and the sums of its outputs. */
+INLINE int64_t floats_per_thread(int64_t rows) { return TILE_FLOATS + OUT * rows; }
 
 int64_t FOR_ISA(workspace_floats)(int64_t M, int64_t N, int64_t K, int64_t r, int threads) {
-    int64_t panels = panels_of(smaller(M, ROWS)), longest = N > K ? N : K;
-    return (longest + r) * panels * PANEL + threads * floats_per_thread(panels);
+    int64_t longest = N > K ? N : K, few = (longest + r) * smaller(M, PANEL);
+    int64_t many = threads * floats_per_thread(smaller(M, ROWS));
+    return few > many ? few : many;
 }

@@ -1,0 +1,57 @@
+/* dense.h: x · Wᵀ for a dense weight in bf16 under fp32 activations, a few rows at a time: the head in decoding, where
+   reading the weight is the work. Included by kernels.c alone.
+
+   A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together. */
+
+enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64 };
+
+/* Lane i of what is returned: the sum over sums[i]. Each round sets two sums side by side, half as long. */
+INLINE vec sum_each(vec *sums) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            sums[i] = SHUFFLE(sums[i], sums[i + half], LOWER) + SHUFFLE(sums[i], sums[i + half], UPPER);
+    return sums[0];
+}
+
+/* y[m][n] = Σ_k x[m][k] · w[n][k] for M ≤ TILE_M rows and TILE_N outputs. */
+INLINE void dense_tile(const float *x, const uint16_t *w, int64_t K, float *y, int64_t N, const int M) {
+    vec sums[LANES];
+    float out[LANES], tail[LANES] = {0};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) sums[i] = (vec){0};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES)
+#pragma GCC unroll 4
+        for (int n = 0; n < TILE_N; n++) {
+            vec row = load_bf16(w + n * K + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) sums[n * TILE_M + m] = fma_(row, load(x + m * K + k), sums[n * TILE_M + m]);
+        }
+    for (; k < K; k++)
+        for (int n = 0; n < TILE_N; n++)
+            for (int m = 0; m < M; m++) tail[n * TILE_M + m] += x[m * K + k] * from_bf16(w[n * K + k]);
+    store(out, sum_each(sums) + load(tail));
+    for (int n = 0; n < TILE_N; n++)
+        for (int m = 0; m < M; m++) y[m * N + n] = out[n * TILE_M + m];
+}
+
+INLINE void dense_rows(const float *x, const uint16_t *w, int64_t K, float *y, int64_t N, int64_t M) {
+    switch (M) { /* the count of rows as a constant, so that its loops unroll into registers */
+        case 1: dense_tile(x, w, K, y, N, 1); break;
+        case 2: dense_tile(x, w, K, y, N, 2); break;
+        case 3: dense_tile(x, w, K, y, N, 3); break;
+        default: dense_tile(x, w, K, y, N, 4); break;
+    }
+}
+
+/* y fp32 (M, N) = x fp32 (M, K) · Wᵀ, W bf16 (N, K); N is a multiple of TILE_N. A row's sums do not depend on the
+   others. */
+void FOR_ISA(dense_bf16)(const float *x, const uint16_t *w, int64_t M, int64_t N, int64_t K, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < N; task += TASK)
+        for (int64_t m = 0; m < M; m += TILE_M)
+            for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N)
+                dense_rows(x + m * K, w + n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+}

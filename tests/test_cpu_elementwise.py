@@ -1,0 +1,119 @@
+"""kernels/cpu/elementwise and dense, on every instruction set here, against float64: odd sizes, strides, far values."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import use_backend
+from kernels.cpu import dense, elementwise, library
+from kernels.linear_cross_entropy import linear_cross_entropy
+from models.elementwise import apply_rope, rms_norm, swiglu
+from tests.accuracy import assert_as_accurate_as, leaf
+
+pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+DTYPES = [torch.float32, torch.bfloat16]
+USABLE = library.usable_isas(library.build()) if library.why_missing() is None else ("portable",)
+
+
+@pytest.fixture(params=USABLE, autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("QLORA_CPU_ISA", request.param)
+    torch.manual_seed(0)
+    with use_backend("cpu"):
+        yield
+
+
+def compare(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Value and gradients of `ours`, at most twice as far from float64 as plain PyTorch's in this dtype."""
+    results: list[list[Any]] = []
+    for function, made in ((ours, dtype), (plain, dtype), (plain, torch.float64)):
+        leaves = [leaf(x.to(dtype).to(made)) for x in inputs]
+        y = function(*leaves)
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype).to(made))
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    for got, plainly, exact in zip(*results, strict=True):
+        assert_as_accurate_as(plainly, got, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (2, 3, 33), (5, 1100), (40, 576)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gain = torch.rand(shape[-1]) + 0.5
+    plain = lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain.to(x.dtype)  # noqa: E731
+    ours = lambda x: rms_norm(x, gain.to(dtype), 1e-5)  # noqa: E731
+    compare(
+        ours, plain, [torch.randn(shape) * torch.logspace(-3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))], dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 513, 20_000])
+def test_swiglu(n: int, dtype: torch.dtype) -> None:
+    gate = torch.randn(n) * 3
+    gate[3::7] = torch.linspace(-200, 200, len(gate[3::7]))  # e^200 is beyond fp32
+    compare(swiglu, lambda a, b: F.silu(a) * b, [gate, torch.randn(n)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rope_of_heads_that_lie_apart(rows: int, dtype: torch.dtype) -> None:
+    angles = torch.rand(rows, 7, 1, 5) * 6
+    cos, sin = angles.cos(), angles.sin()
+
+    def plain(x: Tensor) -> Tensor:
+        a, b = x.transpose(1, 2).chunk(2, dim=-1)
+        c, s = cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat([a * c - b * s, b * c + a * s], dim=-1).transpose(1, 2)
+
+    compare(lambda x: apply_rope(x.transpose(1, 2), cos, sin).transpose(1, 2), plain, [torch.randn(2, 3, 7, 10)], dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("V", [5, 37, 1100])
+def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
+    x, weight, targets = torch.randn(9, 32) * 3, torch.randn(V, 32), torch.randint(V, (9,))
+    found = []
+    for backend, made in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        with use_backend(backend):
+            hidden = leaf(x.to(made))
+            nll, entropy = linear_cross_entropy(
+                hidden, weight.to(made), targets, temperature=temperature, return_entropy=True
+            )
+            nll.sum().backward()
+            found.append((nll, entropy, hidden.grad))
+    for ours, plain, exact in zip(*found, strict=True):
+        assert_as_accurate_as(plain, ours, exact)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("K", [3, 32, 100])
+def test_dense_bf16_and_a_row_alone_or_in_company(K: int, M: int) -> None:
+    x, weight = torch.randn(M, K), torch.randn(68, K).bfloat16()
+    assert dense.serves(x, weight)
+    found = dense.dense_bf16(x, weight)
+    exact = x.double() @ weight.double().T
+    assert_as_accurate_as(x @ weight.float().T, found, exact)
+    assert torch.equal(found[-1], dense.dense_bf16(x[-1:], weight)[0])
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    x, g, weight = torch.randn(300, 100), torch.rand(100), torch.randn(200, 100).bfloat16()
+    z, targets = torch.randn(30, 1000), torch.randint(1000, (30,))
+    results, threads = [], torch.get_num_threads()
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        p, nll = z.clone(), torch.empty(30)
+        elementwise.softmax_slope(p, 1.0, targets, nll, None)
+        y, rho = elementwise.rms_norm(x, g, 1e-5)
+        dx = elementwise.rms_norm_dx(y, x, g, rho)
+        few = dense.dense_bf16(x[:7], weight)
+        results.append((p, nll, y, dx, few, elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y)))
+    torch.set_num_threads(threads)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
