@@ -23,7 +23,7 @@ from .library import DTYPES, load, why_not
 class Step(ctypes.Structure):
     """adamw.h: adamw_step."""
 
-    _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "root2", "eps", "rate"))
+    _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "scale2", "eps", "rate"))
 
 
 class StateMap(ctypes.Structure):
@@ -69,7 +69,7 @@ def step_numbers(step: AdamWStep) -> Step:
         take1=1 - step.beta1,
         keep2=step.beta2,
         take2=1 - step.beta2,
-        root2=math.sqrt(1 - step.beta2**step.t),
+        scale2=1 / math.sqrt(1 - step.beta2**step.t),
         eps=step.eps,
         rate=-step.lr / (1 - step.beta1**step.t),
     )
