@@ -8,7 +8,14 @@ take turns. Beside the measured time stands the model's,
     model = max(compute, bytes moved / bandwidth)
 
 with compute the time of a step with all resident, the bytes of one step from the exact counters, and the bandwidth of
-an arm that walks all pages through two frames with no work on them, one transfer at a time.
+an arm that takes every page out and brings it back, one transfer after the other through one frame, with no work on it.
+
+A file in the system's cache is memory, and to move pages is work for a processor. So there is another arm in which all
+threads move pages at once, none left to compute, and beside the model stands
+
+    apart = compute + bytes moved / bandwidth by all threads
+
+the two done one after the other, each by all threads.
 """
 
 import argparse
@@ -23,12 +30,15 @@ from torch import nn
 
 from benchmarks.common import spread, take_turns, versions
 from benchmarks.results import RESULTS, write_rows
+from kernels.adamw_pages import adamw_pages
 from optim import FolderTransport, PagedAdamW, PageTable, SlowTransport, Transport
 from optim.paged_adamw import PAGE_BYTES
+from optim.pages import AHEAD
 
 CPU = torch.device("cpu")
 BASE = "torch fused"
 TRANSPORT = "all pages out and in, no work"
+BY_ALL = f"{TRANSPORT}, by all threads"
 
 
 def main() -> None:
@@ -50,11 +60,14 @@ def main() -> None:
     ours = {share: paged(args, share) for share in map(float, args.shares.split(","))}
     arms: dict[str, Callable[[], Any]] = {} if args.no_peer else peers(args.elements, gradient)
     arms |= {arm_name(share): stepping(optimizer, gradient) for share, optimizer in ours.items()}
-    table = no_work(args)
+    table = no_work(args, ahead=0)
     arms[TRANSPORT] = lambda: [page for page, _ in table.walk(range(len(table.used)))]
+    if args.tier == "folder":
+        arms[BY_ALL] = by_all_threads(no_work(args, ahead=AHEAD))
     times = take_turns(arms, args.rounds, pause=0.02)
     gate(ours)
-    bandwidth = 1e3 * 2 * sum(table.used) / statistics.median(times[TRANSPORT])
+    moved = 1e3 * 2 * sum(table.used)
+    bandwidth = {arm: moved / statistics.median(times[arm]) for arm in (TRANSPORT, BY_ALL) if arm in times}
     compute = statistics.median(times[arm_name(max(ours))])
     rows = [row(args, arm, taken, times, bandwidth, compute, ours) for arm, taken in times.items()]
     write_rows("paging", rows, key="key")
@@ -112,14 +125,27 @@ def state_bytes(args: argparse.Namespace) -> int:
     return int(args.elements * (8 if args.state_bits == 32 else 2 + 8 / 256))
 
 
-def no_work(args: argparse.Namespace) -> PageTable:
-    """A table of as many pages as the state has, two of them resident: a walk takes each out and brings it back."""
+def no_work(args: argparse.Namespace, ahead: int) -> PageTable:
+    """A table of as many pages as the state has, as few of them resident as can be, all written once."""
     sizes = [min(args.page_bytes, state_bytes(args) - at) for at in range(0, state_bytes(args), args.page_bytes)]
-    table = PageTable(sizes, args.page_bytes, transport(args), budget=0)
+    table = PageTable(sizes, args.page_bytes, transport(args), budget=0, ahead=ahead)
     for _ in range(2):  # the first walks write to a file that has no bytes yet
         for _ in table.walk(range(len(sizes))):
             pass
     return table
+
+
+def by_all_threads(table: PageTable) -> Callable[[], Any]:
+    """A step on pages without a parameter in them: brought and taken away, no more."""
+    folder = table.transport
+    assert isinstance(folder, FolderTransport)
+
+    def move() -> None:
+        visits = table.visits(range(len(table.used)))
+        adamw_pages(visits, [()] * len(visits), folder.descriptor(), table.free[: torch.get_num_threads()])
+        table.visited(visits)
+
+    return move
 
 
 def counters_of_a_step(optimizer: PagedAdamW) -> dict[str, Any]:
@@ -134,7 +160,7 @@ def row(
     arm: str,
     taken: list[float],
     times: dict[str, list[float]],
-    bandwidth: float,
+    bandwidth: dict[str, float],
     compute: float,
     ours: dict[float, PagedAdamW],
 ) -> dict[str, Any]:
@@ -146,22 +172,25 @@ def row(
         "prefetch": not args.no_prefetch,
     }
     measured: dict[str, Any] = dict.fromkeys(
-        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms"), ""
+        ("share", "resident_bytes", "bytes_moved", "hits", "misses", "model_ms", "apart_ms"), ""
     )
     share = next((share for share in ours if arm == arm_name(share)), None)
     if share is not None:
         step = counters_of_a_step(ours[share])
         moved = step["bytes_in"] + step["bytes_out"]
-        model = max(compute, 1e3 * moved / bandwidth)
+        model = max(compute, 1e3 * moved / bandwidth[TRANSPORT])
         measured = {"share": share, "resident_bytes": ours[share].stats["resident_bytes"], "bytes_moved": moved}
-        measured |= {"hits": step["hits"], "misses": step["misses"], "model_ms": f"{model:.1f}"}
+        measured |= {"hits": step["hits"], "misses": step["misses"], "apart_ms": ""}
+        measured["model_ms"] = f"{model:.1f}"
+        if BY_ALL in bandwidth:
+            measured["apart_ms"] = f"{compute + 1e3 * moved / bandwidth[BY_ALL]:.1f}"
     base = BASE if BASE in times else next(iter(times))
     return (
         {"key": "/".join([*map(str, case.values()), arm]), "arm": arm}
         | case
         | measured
         | spread(taken, times[base], base, digits=1)
-        | {"bandwidth": round(bandwidth), "peer_versions": versions("bitsandbytes")}
+        | {"bandwidth": round(bandwidth[TRANSPORT]), "peer_versions": versions("bitsandbytes")}
     )
 
 
@@ -177,6 +206,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(shares, [float(row["p50_ms"]) for row in rows], marker="o", label="measured")
     model = "model: max(compute, bytes / bandwidth)"
     axes.plot(shares, [float(row["model_ms"]) for row in rows], linestyle="--", label=model)
+    if all(row["apart_ms"] for row in rows):
+        apart = "apart: compute + bytes / bandwidth by all threads"
+        axes.plot(shares, [float(row["apart_ms"]) for row in rows], linestyle=":", label=apart)
     axes.set(xlabel="% of the state resident", ylabel="ms a step", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

@@ -49,6 +49,7 @@ TABLES: dict[str, dict[str, Column]] = {
         "ms (20 %, median, 80 %)": lambda row: f"{row['p20_ms']}, {row['p50_ms']}, {row['p80_ms']}",
         "model, ms": lambda row: row["model_ms"],
         "× model": lambda row: f"{float(row['p50_ms']) / float(row['model_ms']):.2f}" if row["share"] else "",
+        "apart, ms": lambda row: row["apart_ms"],
         "× torch fused": lambda row: row["ratio"],
     },
     "matmul": {

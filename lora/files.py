@@ -1,5 +1,6 @@
 """Writing a folder so that nobody ever sees half of it: aside first, then renamed into place."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -24,13 +25,13 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
     try:
         yield aside
         _sync(aside)
-        if target.exists():
-            old = aside.with_name(aside.name + ".old")
+        old = aside.with_name(aside.name + ".old") if target.exists() else None
+        if old is not None:
             os.replace(target, old)
-            os.replace(aside, target)
+        os.replace(aside, target)
+        _sync_names(target.parent)
+        if old is not None:
             shutil.rmtree(old)
-        else:
-            os.replace(aside, target)
     finally:
         if aside.exists():
             shutil.rmtree(aside)
@@ -44,6 +45,17 @@ def _sync(folder: Path) -> None:
             path.chmod(mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            _sync_names(path)
+
+
+def _sync_names(folder: Path) -> None:
+    """A rename reaches the disk before its caller deletes what it replaces, where the system can promise that."""
+    opened = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        os.fsync(opened)
+    os.close(opened)
 
 
 def _umask() -> int:

@@ -8,7 +8,7 @@ from .groups import decay_groups, loraplus_groups, set_learning_rate  # noqa: E4
 from .paged_adamw import PagedAdamW  # noqa: E402
 from .pages import PageStats, PageTable  # noqa: E402
 from .schedules import SCHEDULES, learning_rate  # noqa: E402
-from .transport import FolderTransport, HostTransport, SlowTransport, Transport  # noqa: E402
+from .transport import FolderTransport, HostTransport, SlowTransport, SpillError, Transport  # noqa: E402
 
 __all__ = [
     "SCHEDULES",
@@ -18,6 +18,7 @@ __all__ = [
     "PageTable",
     "PagedAdamW",
     "SlowTransport",
+    "SpillError",
     "Transport",
     "decay_groups",
     "learning_rate",

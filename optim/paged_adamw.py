@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import AdamWStep, adamw, adamw_8bit
+from kernels.adamw_pages import PageSpan, adamw_pages, serves_pages
 
 from .layout import Item, Page, Span, lay_out, values_of
 from .pages import AHEAD, PageTable
@@ -29,7 +30,7 @@ from .state_8bit import STATE_BITS, is_8bit, state_fields
 from .state_file import StateFile, write_state_file
 from .transport import FolderTransport, HostTransport, Transport, free_bytes
 
-PAGE_BYTES = 4 * 2**20  # of larger ones fewer stay in the cache; of smaller ones each wakes its threads anew
+PAGE_BYTES = 2 * 2**20  # of larger ones less stays in a processor's cache; of smaller ones each costs Python its time
 EVERYTHING = 2**62  # bytes: more than there are
 STATE_FILE = "optimizer.safetensors"
 NOT_HERE = ("amsgrad", "maximize", "differentiable")  # torch's options that change the update
@@ -102,25 +103,45 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        table = self._paged()
         with_gradient = {i for i, parameter in enumerate(self.parameters) if parameter.grad is not None}
         for i in with_gradient:
+            self._check_gradient(i)
+        for i in with_gradient:
             self.steps[i] += 1
-        threads = max(
-            1, torch.get_num_threads() - self._paged().movers
-        )  # one too many would wait, spinning, for a core
+        folder = table.transport if table.ahead and table.n_frames < len(self.pages) else None
+        if isinstance(folder, FolderTransport) and serves_pages(self.parameters):
+            self._update_in_one_call(folder, with_gradient)
+            return loss
+        threads = max(1, torch.get_num_threads() - table.movers)  # one too many would wait, spinning, for a core
         for span, state in self._walk(with_gradient):
             self._update(span, state, threads)
         return loss
 
+    def _update_in_one_call(self, folder: FolderTransport, with_gradient: set[int]) -> None:
+        """One AdamW step on all pages, by threads that bring a page, work on it and take it away."""
+        table = self._paged()
+        visits = table.visits(self._pages_of(with_gradient))
+        step = {i: self._step_of(i) for i in with_gradient}
+        flat = {i: (self.parameters[i].detach().view(-1), self._gradient(i)) for i in with_gradient}
+        spans = [
+            [
+                PageSpan(*flat[span.item], span.start, span.stop, span.offsets, step[span.item])
+                for span in self.pages[visit.page].spans
+                if span.item in with_gradient
+            ]
+            for visit in visits
+        ]
+        error = adamw_pages(visits, spans, folder.descriptor(), table.free[: max(2, torch.get_num_threads())])
+        table.visited(visits)
+        if error:
+            raise folder.failure(error)
+
     def _update(self, span: Span, state: list[Tensor], threads: int) -> None:
         """One AdamW step on the elements of a span, on the threads that move no pages."""
-        parameter, group = self.parameters[span.item], self.group_of[span.item]
-        assert parameter.grad is not None
-        _require(not parameter.grad.is_sparse, f"parameter {span.item} has a sparse gradient: AdamW needs a dense one")
-        p = parameter.detach().view(-1)[span.start : span.stop]
-        g = parameter.grad.reshape(-1)[span.start : span.stop]
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        numbers = AdamWStep(lr, beta1, beta2, group["eps"], group["weight_decay"], self.steps[span.item], threads)
+        p = self.parameters[span.item].detach().view(-1)[span.start : span.stop]
+        g = self._gradient(span.item)[span.start : span.stop]
+        numbers = self._step_of(span.item, threads)
         if is_8bit(self.items[span.item].fields):
             exp_avg, absmax, exp_avg_sq, absmax_sq = state
             adamw_8bit(p, g, exp_avg, absmax, exp_avg_sq, absmax_sq, numbers)
@@ -128,14 +149,32 @@ class PagedAdamW(torch.optim.Optimizer):
             exp_avg, exp_avg_sq = state
             adamw(p, g, exp_avg, exp_avg_sq, numbers)
 
+    def _step_of(self, i: int, threads: int | None = None) -> AdamWStep:
+        group = self.group_of[i]
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return AdamWStep(lr, beta1, beta2, group["eps"], group["weight_decay"], self.steps[i], threads)
+
+    def _gradient(self, i: int) -> Tensor:
+        """(numel,), contiguous."""
+        gradient = self.parameters[i].grad
+        assert gradient is not None
+        return gradient.detach().reshape(-1)
+
+    def _check_gradient(self, i: int) -> None:
+        gradient = self.parameters[i].grad
+        sparse = gradient is not None and gradient.is_sparse
+        _require(not sparse, f"parameter {i} has a sparse gradient: AdamW needs a dense one")
+
     def _walk(self, items: set[int], *, write: bool = True) -> Iterator[tuple[Span, list[Tensor]]]:
         """Every span of these parameters, in the order of the pages, with the values of its fields."""
         table = self._paged()
-        numbers = [n for n, page in enumerate(self.pages) if any(span.item in items for span in page.spans)]
-        for number, frame in table.walk(numbers, write=write):
+        for number, frame in table.walk(self._pages_of(items), write=write):
             for span in self.pages[number].spans:
                 if span.item in items:
                     yield span, values_of(frame, span, self.items[span.item])
+
+    def _pages_of(self, items: set[int]) -> list[int]:
+        return [n for n, page in enumerate(self.pages) if any(span.item in items for span in page.spans)]
 
     def _paged(self) -> PageTable:
         """The page table, made when it is first needed: "auto" should know what is left beside the gradients."""

@@ -30,6 +30,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kernels.adamw_pages import Comes, Stage, Visit
+
 from .transport import Transport
 
 POLICIES = ("even", "mru", "lru")
@@ -90,7 +92,8 @@ class PageTable:
         self.used, self.page_bytes, self.transport, self.policy = list(used), page_bytes, transport, policy
         self.n_frames = min(len(self.used), max(1 + min(ahead, 1), budget // page_bytes))
         self.ahead = min(ahead, self.n_frames - 1)
-        self.staying = _spread(self.n_frames - 1 - self.ahead, len(self.used)) if policy == "even" else set[int]()
+        n_staying = self.n_frames if self.n_frames == len(self.used) else self.n_frames - 1 - self.ahead
+        self.staying = _spread(n_staying, len(self.used)) if policy == "even" else set[int]()
         self.stats = PageStats()
         frames = transport.frames(self.n_frames, page_bytes) if used else ()
         self.free: list[Tensor] = list(reversed(tuple(frames)))
@@ -99,13 +102,15 @@ class PageTable:
         self.saved: set[int] = set()  # pages that the slow tier holds, old or new
         self._arrivals: dict[int, _Arrival] = {}  # by page, in the order of their use
         self._threads: ThreadPoolExecutor | None = None
+        self._passing = False
         if self.n_frames < len(self.used):
             transport.open(len(self.used), page_bytes)
 
     @property
     def resident_bytes(self) -> int:
-        """Of fast memory in use, by whole frames."""
-        return self.page_bytes * (len(self.resident) + len(self._arrivals))
+        """Of fast memory in use, by whole frames; those that pages pass through are."""
+        passing = len(self.free) if self._passing else 0
+        return self.page_bytes * (len(self.resident) + len(self._arrivals) + passing)
 
     @property
     def spilled_bytes(self) -> int:
@@ -134,6 +139,61 @@ class PageTable:
                 self.dirty.add(page)
             self._look_ahead(pages, at)
             yield page, frame
+
+    def visits(self, pages: Sequence[int]) -> list[Visit]:
+        """Instead of a walk, for one who moves the pages himself: what to do with each, in any order or at once.
+
+        Those that stay have a frame; the others pass through `free`, and are taken away at the end of their visit. Then
+        `visited` has to be called. Raises OSError.
+        """
+        self._passing = True
+        self._settle_all()
+        for page in [page for page in self.resident if page not in self.staying]:
+            self._take_away(page)
+        return [self._visit(page) for page in pages]
+
+    def visited(self, visits: Sequence[Visit]) -> None:
+        """Write down what happened. No page is lost: one that could not be taken away keeps the frame that it is in,
+        and one that was not begun, or could not be read, is where it was.
+        """
+        lanes, passing = max(1, len({visit.passed for visit in visits} - {None})), tuple(self.free)
+        for visit in visits:
+            frame = passing[visit.passed] if visit.passed is not None else visit.frame
+            came = visit.comes is Comes.READ and visit.stage >= Stage.WORKED
+            self.stats.hits += visit.stage > Stage.NOT_BEGUN and visit.comes is Comes.THERE
+            self.stats.misses += visit.stage > Stage.NOT_BEGUN and visit.comes is not Comes.THERE
+            self.stats.page_ins += came
+            self.stats.bytes_in += visit.used * came
+            self.stats.wait_seconds += visit.seconds / lanes
+            if visit.stage is Stage.GONE:
+                self._gone(visit.page)
+            elif visit.stage is Stage.WORKED and frame is not None:
+                self.resident[visit.page] = frame
+                self.dirty.add(visit.page)
+                self.free = [other for other in self.free if other is not frame]
+            elif visit.frame is not None and visit.comes is not Comes.THERE:
+                self.free.append(visit.frame)
+
+    def _visit(self, page: int) -> Visit:
+        frame, comes = self.resident.get(page), Comes.READ if page in self.saved else Comes.NEW
+        if frame is not None:
+            comes = Comes.THERE
+        elif page in self.staying:
+            frame = self.free.pop()
+        return Visit(page, self.used[page], page * self.page_bytes, frame, comes, goes=page not in self.staying)
+
+    def _take_away(self, page: int) -> None:
+        if page in self.dirty:
+            self.transport.write(page, self.resident[page][: self.used[page]])
+            self._gone(page)
+        self.free.append(self.resident.pop(page))
+
+    def _gone(self, page: int) -> None:
+        """A page was written back."""
+        self.stats.page_outs += 1
+        self.stats.bytes_out += self.used[page]
+        self.dirty.discard(page)
+        self.saved.add(page)
 
     def close(self) -> None:
         """Give all memory back, in both tiers. What the pages held is gone."""
@@ -229,10 +289,7 @@ class PageTable:
         """Returns why it did not; then the victim is in its frame still, or the frame is free."""
         error, page, victim = arrival.future.exception(), arrival.page, arrival.victim
         if victim is not None and arrival.victim_saved:
-            self.stats.page_outs += 1
-            self.stats.bytes_out += self.used[victim]
-            self.dirty.discard(victim)
-            self.saved.add(victim)
+            self._gone(victim)
         if victim is not None and arrival.saves_victim and not arrival.victim_saved:
             self.resident[victim] = arrival.frame
         elif error is not None or page in self.resident:  # it could not leave, so there was nothing to bring

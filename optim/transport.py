@@ -18,11 +18,20 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class SpillError(OSError):
+    """A page could not be moved between the tiers."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class Transport(Protocol):
@@ -143,20 +152,33 @@ class FolderTransport:
 
     def write(self, page: int, frame: Tensor) -> None:
         left, at = frame.cpu().numpy().data, page * self.page_bytes
-        while left:
-            n_bytes = self._write_at(left, at)
-            left, at = left[n_bytes:], at + n_bytes
+        with self._named():
+            while left:
+                n_bytes = self._write_at(left, at)
+                left, at = left[n_bytes:], at + n_bytes
 
     def read(self, page: int, frame: Tensor) -> None:
         host = frame.cpu()
         left, at = host.numpy().data, page * self.page_bytes
-        while left:
-            n_bytes = self._read_at(left, at)
-            if not n_bytes:
-                raise OSError(errno.EIO, f"the spill file in {self.folder} ends before page {page}")
-            left, at = left[n_bytes:], at + n_bytes
+        with self._named():
+            while left:
+                n_bytes = self._read_at(left, at)
+                if not n_bytes:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))  # the file ends
+                left, at = left[n_bytes:], at + n_bytes
         if host is not frame:
             frame.copy_(host)
+
+    def failure(self, number: int) -> SpillError:
+        """What to raise where the file gave this errno."""
+        return SpillError(number, f"a page of optimizer state in {self.folder} cannot be moved: {os.strerror(number)}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.failure(error.errno or errno.EIO) from None
 
     def _write_at(self, data: memoryview, at: int) -> int:
         if hasattr(os, "pwrite"):
@@ -171,6 +193,10 @@ class FolderTransport:
         with self.one_place:
             self.file.seek(at)
             return self.file.readinto(data)
+
+    def descriptor(self) -> int:
+        """Of the file, in which page i lies at byte i · page_bytes."""
+        return self.file.fileno()
 
     def close(self) -> None:
         if hasattr(self, "file"):

@@ -33,6 +33,18 @@ def test_parameters_moments_and_rng_come_back_to_the_bit(tmp_path):
             assert torch.equal(value, other_optimizer.state[q][key])
 
 
+def test_a_gpus_generator_comes_back_where_there_is_a_gpu(tmp_path, monkeypatch):
+    (parameters, optimizer), came = trained(0), []
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_rng_state", lambda: torch.arange(16, dtype=torch.uint8))
+        gpu.setattr(torch.cuda, "set_rng_state", came.append)
+        save_checkpoint(tmp_path, 1, parameters, optimizer, {}, keep=1)
+        load_checkpoint(tmp_path / "step-000001", parameters, optimizer)
+    load_checkpoint(tmp_path / "step-000001", parameters, optimizer)
+    assert [state.tolist() for state in came] == [list(range(16))]
+
+
 def test_only_the_last_ones_are_kept(tmp_path):
     parameters, optimizer = trained(0)
     for step in (1, 2, 10):

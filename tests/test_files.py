@@ -1,6 +1,7 @@
 """lora/files.py: a folder is there whole or not at all, and what was there before survives a failure."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_a_parent_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
         write(tmp_path / "out", a="1")
     tmp_path.chmod(0o700)
     assert names(tmp_path) == []
+
+
+def test_the_new_name_is_on_the_disk_before_the_old_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", a="1")
+    done: list[object] = []
+    sync, remove = os.fsync, shutil.rmtree
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), sync(file)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append("removed"), remove(path)))
+    write(tmp_path / "out", a="2")
+    wanted = [path.stat().st_ino for path in (tmp_path / "out" / "a", tmp_path / "out", tmp_path)]
+    assert done == [*wanted, "removed"]
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:

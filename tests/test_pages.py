@@ -293,7 +293,7 @@ def test_memory_is_really_freed(tmp_path):
 
     whole, after_whole = measure(64)
     tenth, after_tenth = measure(6)
-    assert whole >= 64 * page
+    assert whole > 63 * page, "some kB that are not the pages' may go back meanwhile"
     assert whole - tenth >= 0.95 * 58 * page
     assert max(after_whole, after_tenth) < 2 * page
     assert list(tmp_path.iterdir()) == [], "the file has no name"

@@ -61,7 +61,7 @@ def test_the_peak_falls_by_what_is_spilled():
     state = 8 * ELEMENTS
     whole, tenth = in_a_process_of_its_own(None), in_a_process_of_its_own(state // 10)
     assert whole["spilled"] == 0
-    assert 0.85 * state < tenth["spilled"] <= 0.9 * state + 3 * PAGE_BYTES
+    assert 0.85 * state < tenth["spilled"] <= 0.9 * state + 4 * PAGE_BYTES, "three frames are passed through; rounding"
     saved = whole["peak"] - tenth["peak"]
     assert saved >= 0.85 * tenth["spilled"], f"{saved:,} of {tenth['spilled']:,} spilled bytes"
 

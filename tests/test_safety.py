@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qlora
-from optim import PagedAdamW
+from optim import FolderTransport, PagedAdamW
 from tests.kill_runs import PAGE_BYTES, PHASES, kill_and_resume, result_bytes, tiny_run
 from tests.small_base import write_base, write_rows
 from trainers import sft
@@ -159,6 +159,41 @@ def test_a_disk_that_fills_elsewhere_is_one_line_that_names_the_file(config, mon
         sft.train(replace(config, resume=True), quiet=True)
         assert result_bytes(config.out)
     assert not list(Path(config.out).glob("*.tmp"))
+
+
+def test_a_read_only_folder_is_one_line_before_anything_is_trained(config, monkeypatch, capsys):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(qlora, "parse", lambda *_: config)
+    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
+    assert qlora.main(["sft"]) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"qlora sft: {config.out} could not be written: Read-only file system"
+    )
+
+
+def test_a_spill_folder_that_fails_in_a_step_loses_nothing_and_says_how_to_go_on(config, monkeypatch):
+    whole = replace(config, out=f"{config.out}-whole")
+    sft.train(whole, quiet=True)
+    step, calls = PagedAdamW.step, []
+
+    def failing(self, closure=None):
+        calls.append(1)
+        if len(calls) == 4:
+            raise FolderTransport(config.out, torch.device("cpu")).failure(errno.EIO)
+        return step(self, closure)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedAdamW, "step", failing)
+        message = (
+            rf"a page of optimizer state in {config.out} cannot be moved: {os.strerror(errno.EIO)}; step-000002 is "
+        )
+        with pytest.raises(OSError, match=message + r"whole; go on with: qlora sft --config \S+/config.json --resume$"):
+            sft.train(config, quiet=True)
+    sft.train(replace(config, resume=True), quiet=True)
+    assert result_bytes(config.out) == result_bytes(whole.out)
 
 
 def test_a_damaged_checkpoint_is_named_with_the_one_before_it(config):

@@ -4,7 +4,8 @@
       trainable.safetensors    every trainable parameter, in its own dtype
       buffer.safetensors       what else a trainer keeps between steps, rollouts for example; not there where nothing is
       optimizer.safetensors    <parameter>.exp_avg, <parameter>.exp_avg_sq, <parameter>.step
-      state.json               step, counters, the torch RNG state in hex (dropout), and a checksum of each other file
+      state.json               step, counters, the state of torch's generators in hex (dropout), and a checksum of each
+                               other file
 
 The order of the data needs no state: it is a function of seed and step. A folder is written aside and renamed, so one
 that has its name is whole.
@@ -26,6 +27,7 @@ from lora.files import written_aside
 from optim import PagedAdamW
 
 FILES = ("trainable.safetensors", "optimizer.safetensors", "buffer.safetensors")
+RNGS = ("torch_rng", "cuda_rng")
 Parameters = Sequence[tuple[str, nn.Parameter]]
 
 
@@ -41,7 +43,8 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/step-N, then delete all but the last `keep`. Returns its path."""
     path = folder / f"step-{step:06d}"
-    state = {"step": step, "counters": counters, "torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
+    state = {"step": step, "counters": counters}
+    state |= {name: generator.numpy().tobytes().hex() for name, generator in rng_states().items()}
     with written_aside(path) as aside:
         weights = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters}
         safetensors.torch.save_file(weights, aside / "trainable.safetensors")
@@ -75,12 +78,26 @@ def load_checkpoint(path: Path, parameters: Parameters, optimizer: torch.optim.O
         for name, parameter in parameters:
             parameter.copy_(weights[name])
     try:
-        rng = torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8)
+        saved = [name for name in RNGS if name in state or name == "torch_rng"]
+        rng = {name: torch.frombuffer(bytearray.fromhex(state[name]), dtype=torch.uint8) for name in saved}
         step, counters = int(state["step"]), dict(state["counters"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'state.json'} is not a checkpoint's state: {error}") from None
-    torch.set_rng_state(rng)
+    set_rng_states(rng)
     return step, counters
+
+
+def rng_states() -> dict[str, Tensor]:
+    """Of torch's generators, uint8: the CPU's, and the GPU's where there is one."""
+    states = {"torch_rng": torch.get_rng_state()}
+    return states | ({"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_states(states: Mapping[str, Tensor]) -> None:
+    """What rng_states gave. A GPU's is left out where there is no GPU now."""
+    torch.set_rng_state(states["torch_rng"])
+    if "cuda_rng" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda_rng"])
 
 
 def read_buffer(path: Path) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from lora import count_parameters
 from models import Decoder, Tokenizer
+from optim import SpillError
 
 from . import run_folder, world
-from .checkpoint import all_checkpoints, load_checkpoint, read_buffer, save_checkpoint
+from .checkpoint import all_checkpoints, load_checkpoint, read_buffer, rng_states, save_checkpoint, set_rng_states
 from .flags import TrainerFlags
 from .metrics import MetricsFile, ProgressLine, Speed, page_faults, peak_memory_bytes
 from .optimizers import paging
@@ -94,8 +95,8 @@ class Run:
         self.loss, self.eval_loss = number(self.metrics.last.get("loss")), self.metrics.last.get("eval_loss")
         self.progress = ProgressLine(total_steps, self.done, quiet=quiet or not world.is_main())
         self._stop = StopSignals()
-        self._good: tuple[int, Mapping[str, Tensor], Tensor] | None = None
-        """The last step that went well: its number, buffer and torch's RNG after it."""
+        self._good: tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
+        """The last step that went well: its number, buffer and torch's generators after it."""
 
     def __enter__(self) -> "Run":
         return self
@@ -103,9 +104,11 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.restore()
         self.progress.close()
+        if isinstance(error, SpillError):
+            raise SpillError(error.errno, f"{error.strerror}; {go_on(self.flags.TRAINER, self.out)}") from None
         if isinstance(error, Diverged) and world.is_main() and self._good is not None:
             step, buffer, rng = self._good
-            torch.set_rng_state(rng)
+            set_rng_states(rng)
             self._save(step, buffer)
             raise Diverged(f"{error}; step {step}, the last good state, is in {self.out / 'checkpoints'}") from None
 
@@ -153,7 +156,7 @@ class Run:
         self.progress.update(now, loss=loss, learning_rate=rate, tokens_per_second=speed.tokens_per_second, note=note)
         with writing(self.metrics.path, f"; {go_on(self.flags.TRAINER, self.out)}"):
             self.metrics.append(**row)
-        self._good = (now, buffer or {}, torch.get_rng_state())
+        self._good = (now, buffer or {}, rng_states())
         every = self.flags.save_every
         stopping = world.any_in_world(self._stop.asked is not None) and now < self.total_steps
         if world.is_main() and (stopping or (every and now % every == 0)):

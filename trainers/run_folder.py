@@ -72,7 +72,8 @@ def create(out: Path, config: Mapping[str, Any], env: Mapping[str, Any], warning
     """Make the folder and its config.json: once the data and the model are known to be good."""
     world.wait_for_all()  # a rank that is still in `check` must not find this run and take it for an old one
     if world.is_main():
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         parts = {"config": config, "environment": env, "files": fingerprints(config), "warnings": list(warnings)}
         write_json(out / "config.json", parts)
 

@@ -5,6 +5,7 @@
     storage.h        a quantized weight, and rows of numbers, in C
     quantize.h       quantize and dequantize
     adamw.h          the optimizer's step, with 32-bit and 8-bit state
+    adamw_pages.h    the same on state in pages of a file
     product.h        what a product takes, and its workspace
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
@@ -16,6 +17,7 @@
     library.py       calls them
     operations.py    registers them as backend "cpu"
     adamw.py         registers the optimizer's step
+    adamw_pages.py   registers it for pages
     decode.py        calls decode.h
     attention.py     calls attention.h
     dense.py         calls dense.h
@@ -25,6 +27,6 @@
 Importing this registers the backend. Nothing is compiled before the first call.
 """
 
-from . import adamw, lora, operations
+from . import adamw, adamw_pages, lora, operations
 
-__all__ = ["adamw", "lora", "operations"]
+__all__ = ["adamw", "adamw_pages", "lora", "operations"]

@@ -1,9 +1,9 @@
 /* adamw.h: one AdamW step in one pass over its arrays. What kernels/adamw.py defines; the numbers of the step come from
    there. Included by kernels.c alone. */
 
-/* decay 1 - lr·λ, take1 1-β₁, keep2 β₂, take2 1-β₂, root2 √(1-β₂^t), rate -lr/(1-β₁^t). */
+/* decay 1 - lr·λ, take1 1-β₁, keep2 β₂, take2 1-β₂, scale2 1/√(1-β₂^t), rate -lr/(1-β₁^t). */
 typedef struct {
-    float decay, take1, keep2, take2, root2, eps, rate;
+    float decay, take1, keep2, take2, scale2, eps, rate;
 } adamw_step;
 
 /* ALONE: up to so many elements one thread is done before another has woken up. Of more, a thread takes half as many at
@@ -21,7 +21,7 @@ INLINE void adamw_lanes(vec *p, vec g, vec *m, vec *v, const adamw_step *s) {
     *p *= every(s->decay);
     *m = fma_(every(s->take1), g - *m, *m);
     *v = fma_(every(s->take2) * g, g, *v * every(s->keep2));
-    *p += every(s->rate) * *m / (root(*v) / every(s->root2) + every(s->eps));
+    *p += every(s->rate) * *m / (root(*v) * every(s->scale2) + every(s->eps));
 }
 
 /* n elements as fp32, the last lanes in a copy, so that an element's result does not depend on where it lies. */

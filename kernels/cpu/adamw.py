@@ -8,6 +8,7 @@ import ctypes
 import math
 from ctypes import c_float, c_void_p
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .library import DTYPES, load, why_not
 class Step(ctypes.Structure):
     """adamw.h: adamw_step."""
 
-    _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "root2", "eps", "rate"))
+    _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "scale2", "eps", "rate"))
 
 
 class StateMap(ctypes.Structure):
@@ -45,7 +46,7 @@ def _why_not_8bit(
 @register("adamw", "cpu", unless=_why_not_adamw)
 def adamw_cpu(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> None:
     pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype], exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-    load().adamw(*pointers, p.numel(), ctypes.byref(_step(step)), _threads(step))
+    load().adamw(*pointers, p.numel(), ctypes.byref(step_numbers(step)), _threads(step))
 
 
 @register("adamw_8bit", "cpu", unless=_why_not_8bit)
@@ -54,24 +55,29 @@ def adamw_8bit_cpu(
 ) -> None:
     pointers = (p.data_ptr(), DTYPES[p.dtype], g.data_ptr(), DTYPES[g.dtype])
     state = (t.data_ptr() for t in (exp_avg, absmax, exp_avg_sq, absmax_sq))
-    maps = [ctypes.byref(StateMap(*(t.data_ptr() for t in state_map(signed)))) for signed in (True, False)]
-    load().adamw_8bit(*pointers, *state, *maps, p.numel(), ctypes.byref(_step(step)), _threads(step))
+    load().adamw_8bit(*pointers, *state, *state_maps(), p.numel(), ctypes.byref(step_numbers(step)), _threads(step))
 
 
 def _threads(step: AdamWStep) -> int:
     return step.threads or torch.get_num_threads()
 
 
-def _step(step: AdamWStep) -> Step:
+def step_numbers(step: AdamWStep) -> Step:
+    """What C needs of a step."""
     return Step(
         decay=1 - step.lr * step.weight_decay,
         take1=1 - step.beta1,
         keep2=step.beta2,
         take2=1 - step.beta2,
-        root2=math.sqrt(1 - step.beta2**step.t),
+        scale2=1 / math.sqrt(1 - step.beta2**step.t),
         eps=step.eps,
         rate=-step.lr / (1 - step.beta1**step.t),
     )
+
+
+def state_maps() -> list[Any]:
+    """Pointers to the maps of both moments, for C."""
+    return [ctypes.byref(StateMap(*(t.data_ptr() for t in state_map(signed)))) for signed in (True, False)]
 
 
 @lru_cache
@@ -87,4 +93,5 @@ def state_map(signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     halves = torch.arange(65536, dtype=torch.int32)
     lowest = torch.where(halves < 32768, halves << 16, (halves << 16) | 0xFFFF)  # a negative's largest magnitude
     least = lowest.to(torch.int32).view(torch.float32)
-    return level, threshold, (threshold[None, :] <= least[:, None]).sum(dim=1).to(torch.uint8)
+    at_or_below = torch.searchsorted(threshold, least, right=True)
+    return level, threshold, at_or_below.masked_fill(least.isnan(), 0).to(torch.uint8)

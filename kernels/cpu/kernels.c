@@ -3,10 +3,13 @@
    Bounds: every pointer is to a contiguous tensor of the size that its comment names, checked in Python: sizes
    where an operation is called (kernels/matmul.py …), dtype, device and contiguity in library.py. */
 
+#define _XOPEN_SOURCE 700 /* pread, pwrite */
+
 #include "simd.h"
 #include "storage.h"
 #include "quantize.h"
 #include "adamw.h"
+#include "adamw_pages.h"
 #include "product.h"
 #include "elementwise.h"
 #include "matmul_large.h"

@@ -63,6 +63,7 @@ class Library:
             "quantize_absmax": (None, [p, n, p, p, p, p, i]),
             "adamw": (None, [p, i, p, i, p, p, n, p, i]),
             "adamw_8bit": (None, [p, i, p, i, p, p, p, p, p, p, n, p, i]),
+            "adamw_pages": (c_int, [p, n, i, p, i, p, p]),
             "workspace_floats": (c_int64, [n, n, n, n, i]),
             "matmul": (None, [POINTER(Product)]),
             "matmul_dx": (None, [POINTER(Product)]),
@@ -89,6 +90,7 @@ class Library:
     quantize_absmax: "ctypes._NamedFuncPointer"
     adamw: "ctypes._NamedFuncPointer"
     adamw_8bit: "ctypes._NamedFuncPointer"
+    adamw_pages: "ctypes._NamedFuncPointer"
     workspace_floats: "ctypes._NamedFuncPointer"
     matmul: "ctypes._NamedFuncPointer"
     matmul_dx: "ctypes._NamedFuncPointer"
