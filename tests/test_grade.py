@@ -29,7 +29,8 @@ SOLUTIONS, UNSOLVED = LESSONS / "solutions", LESSONS / "exercises"
 
 def load(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -60,7 +61,8 @@ def test_the_solution_is_right_and_uses_nothing_forbidden(n: int) -> None:
     file = file_of(n, SOLUTIONS)
     report = here(n, vars(load(file)))
     assert [(line.case, line.message) for line in report.lines if not line.right] == []
-    assert report.right and report.n_cases >= 3
+    assert report.right
+    assert report.n_cases >= 3
     assert forbidden(file, getattr(check_of(n), "MUST_NOT_USE", ())) is None
 
 
@@ -69,7 +71,9 @@ def test_the_unsolved_exercise_says_what_to_do(n: int) -> None:
     file = file_of(n, UNSOLVED)
     report = here(n, vars(load(file)))
     said = re.findall(r'raise NotImplementedError\(\s*f?"(.+?)"', file.read_text(encoding="utf-8"))
-    assert not report.right and said and report.stopped.startswith("not written yet: ")
+    assert not report.right
+    assert said
+    assert report.stopped.startswith("not written yet: ")
     assert any(text[:40] in report.stopped for text in said)
 
 
@@ -108,7 +112,8 @@ def graded(tmp_path: Path, body: str, **limits: int) -> Report:
 def test_what_the_file_prints_is_shown_and_changes_nothing(tmp_path: Path) -> None:
     body = 'print("6 of 6 cases right: the exercise is solved")\nimport os\nos.write(1, b"right")\n'
     report = graded(tmp_path, body + "def round_to_bf16(x):\n    print('called')\n    return x\n")
-    assert not report.right and report.printed[:2] == ["6 of 6 cases right: the exercise is solved", "rightcalled"]
+    assert not report.right
+    assert report.printed[:2] == ["6 of 6 cases right: the exercise is solved", "rightcalled"]
 
 
 @pytest.mark.parametrize(
@@ -128,20 +133,26 @@ def test_what_the_file_prints_is_shown_and_changes_nothing(tmp_path: Path) -> No
 )
 def test_what_goes_wrong_in_the_file_is_one_line(tmp_path: Path, body: str, said: str) -> None:
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    report = graded(tmp_path, f"def round_to_bf16(x):\n{lines}\n", seconds=1, megabytes=300, wall=2 if "sleep" in body else 300)
+    report = graded(
+        tmp_path, f"def round_to_bf16(x):\n{lines}\n", seconds=1, megabytes=300, wall=2 if "sleep" in body else 300
+    )
     text = " ".join([*(line.message for line in report.lines), report.stopped])
-    assert not report.right and said in text and "\n" not in text
+    assert not report.right
+    assert said in text
+    assert "\n" not in text
 
 
 def test_prints_without_an_end_are_cut(tmp_path: Path) -> None:
     report = graded(tmp_path, "for i in range(100000): print(i)\ndef round_to_bf16(x): return x\n")
-    assert len(report.printed) == 51 and report.printed[-1] == "… and 99950 lines more than the 50 shown"
+    assert len(report.printed) == 51
+    assert report.printed[-1] == "… and 99950 lines more than the 50 shown"
 
 
 def test_a_forbidden_name_is_refused_with_its_line(tmp_path: Path) -> None:
     report = graded(tmp_path, "def round_to_bf16(x):\n    return x.to(torch.bfloat16).view(torch.int16).int()\n")
     assert report.stopped.startswith("line 3 uses .bfloat16, which this exercise leaves out: ")
-    assert report.lines == [] and not report.right
+    assert report.lines == []
+    assert not report.right
 
 
 # The command
@@ -193,9 +204,12 @@ def test_values_survive_the_pipe() -> None:
     q = quantize(torch.randn(3, 70))
     value = {"a": [1, 2.5, None, "x", True], "b": (torch.ones(2, 3).bfloat16().T, torch.float16), "q": q}
     back = decode(encode(value)[8:])
-    assert back["a"] == value["a"] and back["b"][1] is torch.float16
-    assert torch.equal(back["b"][0], value["b"][0]) and back["b"][0].dtype == torch.bfloat16
-    assert back["q"].shape == q.shape and torch.equal(back["q"].packed, q.packed)
+    assert back["a"] == value["a"]
+    assert back["b"][1] is torch.float16
+    assert torch.equal(back["b"][0], value["b"][0])
+    assert back["b"][0].dtype == torch.bfloat16
+    assert back["q"].shape == q.shape
+    assert torch.equal(back["q"].packed, q.packed)
     with pytest.raises(ValueError, match="a value must be numbers"):
         encode(object())
     with pytest.raises(ValueError, match="no message"):

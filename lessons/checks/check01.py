@@ -59,5 +59,6 @@ def cases() -> list[Case]:
         .view(torch.float32),
     }
     return [
-        Case(name, lambda student, x=x: student("round_to_bf16", x), expected(x), wrong(x)) for name, x in inputs.items()
+        Case(name, lambda student, x=x: student("round_to_bf16", x), expected(x), wrong(x))
+        for name, x in inputs.items()
     ]

@@ -4,6 +4,7 @@ The limits protect a classroom from mistakes. They are no wall against an attack
 user who runs it, so hostile files belong into a container.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -128,7 +129,9 @@ class StudentProcess:
         except subprocess.TimeoutExpired:
             return self._stopped("the file closed the grader's channel")
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            return StudentError(f"stopped after {self.seconds} s of computing: is there a loop without an end?", ends=True)
+            return StudentError(
+                f"stopped after {self.seconds} s of computing: is there a loop without an end?", ends=True
+            )
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return StudentError(f"the file ended its process ({how})", ends=True)
 
@@ -139,10 +142,8 @@ class StudentProcess:
     def _kill(self) -> None:
         """The process, and whatever it started."""
         if self._process.returncode is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process.wait()
 
     def _read_prints(self, stream: BinaryIO) -> None:

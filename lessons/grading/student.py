@@ -20,7 +20,16 @@ from .wire import decode, encode
 
 STUDENT_MODULE = "student_answer"
 MAX_FILE_BYTES = 1 << 24
-NOT_ALLOWED = ("os.fork", "os.posix_spawn", "os.spawn", "os.exec", "os.system", "os.kill", "subprocess.Popen", "socket.")
+NOT_ALLOWED = (
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.exec",
+    "os.system",
+    "os.kill",
+    "subprocess.Popen",
+    "socket.",
+)
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
@@ -67,7 +76,8 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 def load(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(STUDENT_MODULE, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[STUDENT_MODULE] = module
     spec.loader.exec_module(module)
