@@ -17,7 +17,7 @@ import torch
 import qlora
 from commands.grade import exercises, file_of
 from lessons.grading.cases import difference
-from lessons.grading.judge import Report, check_of, forbidden, grade, grade_cases
+from lessons.grading.judge import Line, Report, check_of, forbidden, grade, grade_cases, table_of
 from lessons.grading.process import StudentError
 from lessons.grading.wire import decode, encode
 from quant import quantize
@@ -164,16 +164,32 @@ def run(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_report_table_json_and_exit_codes(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_report_json_and_exit_codes(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quant.py").write_text("raise ImportError('a file of the student in place of quant')")
     (tmp_path / "ex01_mine.py").write_text((SOLUTIONS / "ex01_sixteen_bits.py").read_text())
     assert run(1, tmp_path) == 0
     said = capfd.readouterr().out
     assert said.startswith(f"exercise 1: {check_of(1).TITLE} (check version {check_of(1).VERSION})\n{tmp_path}")
     assert said.endswith("cases right: the exercise is solved\n")
-    assert run(1, UNSOLVED, "--json") == 1
-    (report,) = json.loads(capfd.readouterr().out)
-    assert (report["exercise"], report["right"], report["check_version"]) == (1, False, check_of(1).VERSION)
-    assert report["stopped"].startswith("not written yet: ")
+    assert run("all", tmp_path, "--json") == 1
+    first, second, *_ = reports = json.loads(capfd.readouterr().out)
+    assert [report["exercise"] for report in reports] == exercises()
+    assert (first["right"], first["check_version"]) == (True, check_of(1).VERSION)
+    assert (second["right"], second["stopped"]) == (False, f"there is no file {tmp_path}/ex02_*.py")
+
+
+def test_the_table_shows_what_is_first_wrong() -> None:
+    right = Report(1, "first", 1, "a.py", right=True, lines=[Line("case", True)], n_cases=1)
+    wrong = Report(2, "second", 1, "b.py", lines=[Line("one", True), Line("two", False, "is 1, expected 2")], n_cases=3)
+    assert table_of([right, wrong]).splitlines() == [
+        " 1  right    1 of 1  first",
+        " 2  -        1 of 3  second",
+        "                     is 1, expected 2",
+        "1 of 2 exercises solved",
+    ]
 
 
 def test_misuse_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Every notebook of lessons/ runs top to bottom in a fresh kernel, is stored with its outputs, and its links lead on."""
+"""Every notebook of lessons/ runs top to bottom in a fresh kernel and is stored with its outputs; its links lead on."""
 
 from __future__ import annotations
 

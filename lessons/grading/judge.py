@@ -52,7 +52,10 @@ def grade(exercise: int, file: Path, **limits: int) -> Report:
     """Grade FILE in a process of its own, under the limits of StudentProcess."""
     check, started = check_of(exercise), time.monotonic()
     report = Report(exercise, check.TITLE, check.VERSION, str(file))
-    report.stopped = forbidden(file, getattr(check, "MUST_NOT_USE", ())) or ""
+    if not file.is_file():
+        report.stopped = f"there is no file {file}"
+    else:
+        report.stopped = forbidden(file, getattr(check, "MUST_NOT_USE", ())) or ""
     if not report.stopped:
         student = StudentProcess(file, **limits)
         try:
@@ -110,10 +113,11 @@ def forbidden(file: Path, names: tuple[Forbidden, ...]) -> str | None:
 def text_of(report: Report) -> str:
     """The report for one student's eyes."""
     head = f"exercise {report.exercise}: {report.title} (check version {report.check_version})\n{report.file}"
-    rows = [f"  {line.case}: {'right' if line.right else 'wrong'}" for line in report.lines]
-    for i, line in reversed(list(enumerate(report.lines))):
+    rows = []
+    for line in report.lines:
+        rows.append(f"  {line.case}: {'right' if line.right else 'wrong'}")
         if line.message:
-            rows.insert(i + 1, f"      {line.message}")
+            rows.append(f"      {line.message}")
     printed = [f"  | {line}" for line in report.printed]
     n_right = sum(line.right for line in report.lines)
     end = f"{n_right} of {report.n_cases} cases right" if report.n_cases else "no case was run"
