@@ -61,6 +61,7 @@ COMMANDS = {
         "ExperimentArgs",
         "try a claim of the papers (docs/experiments)",
     ),
+    "grade": ("commands.grade", "GradeArgs", "grade an exercise of the course (lessons)"),
     "bench": ("commands.bench", "BenchArgs", "run a benchmark; `bench backends` says which kernels run here"),
 }
 BOX = re.compile(r"[╭╮╰╯│]")

@@ -1,6 +1,7 @@
 """The rooms of the house: who may import whom, peers only as oracles, small files, no pickle. Read by AST."""
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,9 +101,20 @@ def test_tests_and_benchmarks_are_imported_by_no_one_but_themselves() -> None:
         f"{relative(path)}:{line} imports {name}"
         for path in SHIPPED
         for line, name in imports(ast.parse(path.read_text(encoding="utf-8")))
-        if name in {"tests", "benchmarks", "experiments"}
+        if name in {"tests", "benchmarks", "experiments", "lessons"}
     ]
     assert not found
+
+
+def test_lessons_use_what_is_taught_and_nothing_else() -> None:
+    """Exercises and notebooks import our rooms; graded code never reaches tests, benchmarks or peers."""
+    allowed = set(MAY_IMPORT) | {"lessons"}
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "lessons").glob("*.ipynb"))]
+    cells = ["".join(cell["source"]) for book in notebooks for cell in book["cells"] if cell["cell_type"] == "code"]
+    plain = ["\n".join(line for line in cell.splitlines() if line[:1] not in ("%", "!")) for cell in cells]
+    sources = [path.read_text(encoding="utf-8") for path in files_of("lessons")] + plain
+    assert len(sources) > 5
+    assert not [name for text in sources for _, name in imports(ast.parse(text)) if name in (OURS | PEERS) - allowed]
 
 
 def test_peers_have_tests_of_their_own_and_are_imported_nowhere_else_in_the_tests() -> None:
