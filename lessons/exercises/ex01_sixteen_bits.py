@@ -1,5 +1,6 @@
 """Exercise 1: round fp32 to bf16, by its bits. Notebook: 01_sixteen_bits.ipynb. Grade: qlora grade 1"""
 
+import torch
 from torch import Tensor
 
 

@@ -23,7 +23,16 @@ class Mistake:
     hint: str
     """one or two sentences: what was done, and what to do"""
     value: Any
-    """what this mistake gives where the case has `expected`"""
+    """what this mistake gives where the case has `expected`; or, where that is no one value, answer → bool"""
+
+    def shows(self, got: Any, rtol: float, atol: float) -> bool:
+        """Is this the mistake behind a wrong answer?"""
+        if not callable(self.value):
+            return difference(got, self.value, rtol, atol) is None
+        try:
+            return bool(self.value(got))
+        except Exception:  # an answer of another form than the function expects
+            return False
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def verdict(case: Case, got: Any) -> str | None:
     if wrong is None:
         return case.rule(got) if case.rule else None
     for mistake in case.mistakes:
-        if difference(got, mistake.value, case.rtol, case.atol) is None:
+        if mistake.shows(got, case.rtol, case.atol):
             return f"{mistake.hint} ({wrong})"
     return wrong
 

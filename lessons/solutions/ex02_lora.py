@@ -1,0 +1,25 @@
+"""Solution 2: the forward of a LoRA layer, and its merge. Notebook: 02_lora.ipynb. Grade: qlora grade 2"""
+
+from torch import Tensor
+
+
+def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float) -> Tensor:
+    """h = x · Wᵀ + scaling · (x · Aᵀ) · Bᵀ, with scaling = alpha / r.
+
+    x (…, K), weight W (N, K), lora_A (r, K), lora_B (N, r), all of one dtype → (…, N).
+
+    Not to be used: this repository's packages.
+    """
+    scaling = alpha / lora_A.shape[0]
+    return x @ weight.T + scaling * (x @ lora_A.T) @ lora_B.T
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float) -> Tensor:
+    """The one weight (N, K) that does what the layer and its adapter do together, in weight's dtype.
+
+    weight (N, K) in any float dtype, lora_A (r, K) and lora_B (N, r) fp32. Add in fp32, and round once, at the end.
+
+    Not to be used: this repository's packages.
+    """
+    scaling = alpha / lora_A.shape[0]
+    return (weight.float() + scaling * (lora_B @ lora_A)).to(weight.dtype)

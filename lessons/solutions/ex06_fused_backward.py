@@ -1,0 +1,34 @@
+"""Solution 6: forward and backward of a QLoRA layer by hand. Notebook: 06_fused_backward.ipynb. Grade: qlora grade 6"""
+
+from torch import Tensor
+
+from quant import QuantizedTensor, dequantize
+
+
+def forward(
+    x: Tensor, q: QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(y, saved): y = x · Ŵᵀ + scaling · (x · Aᵀ) · Bᵀ, and the tensors that backward will need.
+
+    x (M, K), q the quantized weight (N, K) with Ŵ = dequantize(q, x.dtype), lora_A (r, K), lora_B (N, r); x, A and B of
+    one dtype → y (M, N). saved: a tuple of tensors with M·K + M·r numbers together at most, so never Ŵ.
+
+    Not to be used: the kernels package, autograd.
+    """
+    low = x @ lora_A.T
+    return x @ dequantize(q, x.dtype).T + scaling * low @ lora_B.T, (x, low)
+
+
+def backward(
+    dy: Tensor, q: QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx (M, K), dA (r, K), dB (N, r)): the gradients of a loss whose gradient in y is dy (M, N).
+
+    Ŵ is frozen and gets none. It is made again here, from q.
+
+    Not to be used: the kernels package, autograd.
+    """
+    x, low = saved
+    high = scaling * dy @ lora_B  # (M, r): the gradient in x · Aᵀ
+    dx = dy @ dequantize(q, dy.dtype) + high @ lora_A
+    return dx, high.T @ x, scaling * dy.T @ low
