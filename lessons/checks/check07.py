@@ -13,7 +13,9 @@ MUST_NOT_USE = tuple(
 )
 RTOL = 64 * torch.finfo(torch.float64).eps
 
-UNCORRECTED = "no bias correction: m and v began at 0. Divide m by 1 - beta1^t and v by 1 - beta2^t before they are used"
+UNCORRECTED = (
+    "no bias correction: m and v began at 0. Divide m by 1 - beta1^t and v by 1 - beta2^t before they are used"
+)
 M_ALONE = "v is not corrected for its start at 0: divide it by 1 - beta2^t, before the root"
 V_ALONE = "m is not corrected for its start at 0: divide it by 1 - beta1^t"
 T_FROM_0 = "the correction is that of step t - 1, or t + 1: at the first step t is 1, and 1 - beta^t is 1 - beta"
@@ -22,7 +24,7 @@ EPS_INSIDE = "eps is inside the root: √(v̂ + eps) is 1e-4 where v̂ is 0, not
 EPS_EARLY = "eps is added to √v before the bias correction: add it to √v̂"
 NO_EPS = "eps is missing: 0 / 0 is NaN where the gradient has always been 0"
 NO_ROOT = "the root is missing: m̂ / v̂ has the unit 1 / gradient"
-L2 = "L2 regularisation: weight_decay · p went into the gradient, and so into the moments. Decoupled decay shrinks p alone"
+L2 = "L2 regularisation: weight_decay · p went into the gradient, and so into the moments. It shrinks p alone"
 DECAY_AFTER = "the decay comes after the update, and shrinks that too: shrink p first"
 DECAY_WITHOUT_LR = "the decay is 1 - weight_decay: it is 1 - lr · weight_decay"
 NO_DECAY = "p does not decay: shrink it by 1 - lr · weight_decay"
@@ -48,7 +50,9 @@ def wrong(
     update = lr * m_hat / (v_hat.sqrt() + eps)
     before, after = t - 1, t + 1
     g_l2 = g + decay * p
-    first = expected(p, g_l2, (m - (1 - beta1) * g) / beta1, (v - (1 - beta2) * g**2) / beta2, t, lr, beta1, beta2, eps, 0)
+    first = expected(
+        p, g_l2, (m - (1 - beta1) * g) / beta1, (v - (1 - beta2) * g**2) / beta2, t, lr, beta1, beta2, eps, 0
+    )
     ps = [
         (UNCORRECTED, shrunk - lr * m / (v.sqrt() + eps)),
         (M_ALONE, shrunk - lr * m_hat / (v.sqrt() + eps)),

@@ -19,8 +19,8 @@ DIVIDED_BY_ALL = "the sum is right and the divisor is not: it counts masked toke
 FIRST_COUNTED = "the first token of a row is counted in the divisor: it has no prediction. Sum mask[:, 1:]"
 NOT_DIVIDED = "the sum is not divided by the number of counted tokens"
 MEAN_OF_MEANS = (
-    "a mean of means: the mean of each micro-batch, averaged. A token in a small one weighs more. Add up sums and counts "
-    "over the window, and divide once"
+    "a mean of means: the mean of each micro-batch, averaged. A token in a small one weighs more. Add up sums and "
+    "counts over the window, and divide once"
 )
 EMPTY_LEFT_OUT = "a mean of the means of those micro-batches that have a counted token: it is a mean of means still"
 MEAN_OF_ROWS = "a mean of the rows' means: a token of a short row weighs more. Add up sums and counts, and divide once"

@@ -15,8 +15,8 @@ RTOL = 64 * torch.finfo(torch.float64).eps
 
 NO_REFERENCE = "the reference is forgotten: s is log π - log π_ref, so that the first step has margin 0 and loss ln 2"
 SWAPPED = (
-    "the margin has the wrong sign, so that the rejected answers are taught: chosen and rejected are swapped, or policy and "
-    "reference, or the weights ε and 1 - ε"
+    "the margin has the wrong sign, so that the rejected answers are taught: chosen and rejected are swapped, or "
+    "policy and reference, or the weights ε and 1 - ε"
 )
 REFERENCE_ADDED = "the reference is added: s is log π - log π_ref"
 MEAN = "means over tokens and not sums: log π(y) of an answer is the sum of its tokens' log-probabilities"

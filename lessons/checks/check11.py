@@ -19,7 +19,9 @@ NOT_SCALED = "the rewards are centred and not divided by the std of their group 
 BATCH = "mean and std of the whole batch: an advantage says how much better than its own group a completion is"
 BATCH_STD = "the std of the whole batch: divide by that of the group"
 NOT_CENTRED = "the mean of the group is not subtracted"
-STRIDED = "the groups are taken with a stride: the first num_generations rewards belong together, view(-1, num_generations)"
+STRIDED = (
+    "the groups are taken with a stride: the first num_generations rewards belong together, view(-1, num_generations)"
+)
 SHAPE = "one advantage a completion, (B,): flatten the groups"
 
 MAX = "max in the place of min: it takes the larger gain, so that clipping never binds where it should"
@@ -30,7 +32,9 @@ UNCLIPPED = "nothing is clipped"
 RATIO_MIN = "min(ratio, clip) · A: for negative A that is the larger product. Multiply by A first, then take min"
 SIGN = "the sign is missing: what is maximised is min(…), the loss is its negative"
 UNMASKED = "masked tokens are in the mean: only those whose mask is 1 count"
-DIVIDED_BY_ALL = "the sum is right and the divisor is not: divide by the number of counted tokens, completion_mask.sum()"
+DIVIDED_BY_ALL = (
+    "the sum is right and the divisor is not: divide by the number of counted tokens, completion_mask.sum()"
+)
 SEQUENCES = "a mean of the completions' means (loss_type grpo): here each counted token weighs the same (dapo)"
 SUM = "the sum is not divided by the number of counted tokens"
 NO_ADVANTAGE = "the advantages are not in it"

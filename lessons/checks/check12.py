@@ -20,14 +20,18 @@ MUST_NOT_USE = tuple(
 Shapes = Sequence[tuple[int, int]]
 
 NO_SCALES = "the scales are forgotten: a block of 64 weights has one"
-FP32_SCALES = "the scales are counted at 4 bytes each, as without double quantization: they are 1 byte each, and a second level"
+FP32_SCALES = (
+    "the scales are counted at 4 bytes each, as without double quantization: they are 1 byte each, and a second level"
+)
 SECOND_AT_4 = "all scales are counted twice, 1 byte and 4: one fp32 absmax2 serves 256 of them"
 NO_SECOND = "the second level is forgotten: an absmax2 for each 256 scales, and absmax_offset for each layer"
 NO_OFFSET = "absmax_offset is forgotten: 4 bytes a layer"
 SECOND_OF_64 = "the second level has blocks of 256 scales, not of 64"
 SECOND_IN_1 = "absmax2 and absmax_offset are counted at 1 byte: they are fp32"
 FLOOR = "the short block at the end is lost: it has a scale too. Round up, at both levels"
-POOLED = "the layers' blocks are counted as if they were one weight: each layer has its own blocks, and its own second level"
+POOLED = (
+    "the layers' blocks are counted as if they were one weight: each layer has its own blocks, and its own second level"
+)
 BY_ROW = "blocks are cut by row: they run over the flattened weight, across the ends of rows"
 WHOLE_BYTE = "a weight is counted at a byte: two codes share one"
 CODES_FLOOR = "the last of an odd number of weights is lost: it takes a byte. Round up, layer by layer"
@@ -47,9 +51,9 @@ def expected(shapes: Shapes, r: int) -> dict[str, int]:
     parameters = []
     for N, K in shapes:
         q = quantize(torch.randn(N, K, generator=generator))
-        assert q.absmax_8bit is not None and q.absmax2 is not None and q.absmax_offset is not None
+        parts = (q.absmax_8bit, q.absmax2, q.absmax_offset)
         codes += q.packed.nbytes
-        scales += q.absmax_8bit.nbytes + q.absmax2.nbytes + q.absmax_offset.nbytes
+        scales += sum(part.nbytes for part in parts if part is not None)
         parameters += [torch.nn.Parameter(torch.zeros(r, K)), torch.nn.Parameter(torch.zeros(N, r))]
     optimizer = PagedAdamW(parameters)
     for parameter in parameters:
@@ -67,7 +71,9 @@ def expected_of_model(name: str, r: int) -> tuple[list[tuple[int, int]], dict[st
     shapes = [*layer_linears(config).values()] * config.num_hidden_layers
     weights, tensors = four_bits(config, 64, True), adapter_tensors(config, r)
     trained = 4 * sum(tensors)
-    return shapes, _answer(weights.codes, weights.scales, trained, trained, optimizer_state(tensors, "paged_adamw").fast)
+    return shapes, _answer(
+        weights.codes, weights.scales, trained, trained, optimizer_state(tensors, "paged_adamw").fast
+    )
 
 
 def _answer(codes: int, scales: int, adapters: int, gradients: int, optimizer: int) -> dict[str, int]:

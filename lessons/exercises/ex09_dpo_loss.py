@@ -24,4 +24,6 @@ def dpo_loss(
 
     Not to be used: this repository's packages.
     """
-    raise NotImplementedError("sum the masked log-probabilities, take policy minus reference, then chosen minus rejected")
+    raise NotImplementedError(
+        "sum the masked log-probabilities, take policy minus reference, then chosen minus rejected"
+    )

@@ -27,4 +27,6 @@ def grpo_loss(
 
     Not to be used: this repository's packages.
     """
-    raise NotImplementedError("ratios, both products, the smaller of them, its negative, and the mean of counted tokens")
+    raise NotImplementedError(
+        "ratios, both products, the smaller of them, its negative, and the mean of counted tokens"
+    )

@@ -13,7 +13,9 @@ def loss(pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor, cm: Tensor, rm: Tensor,
     def of(logps: Tensor, mask: Tensor) -> Tensor:
         if how == "unmasked":
             return logps.sum(1)
-        return torch.stack([x[m == 1].mean() if how == "mean" else x[m == 1].sum() for x, m in zip(logps, mask, strict=True)])
+        return torch.stack(
+            [x[m == 1].mean() if how == "mean" else x[m == 1].sum() for x, m in zip(logps, mask, strict=True)]
+        )
 
     c, r, ref_c, ref_r = of(pc, cm), of(pr, rm), of(rc, cm), of(rr, rm)
     if how == "no reference":
@@ -25,7 +27,9 @@ def loss(pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor, cm: Tensor, rm: Tensor,
     log_sigmoid = (lambda x: torch.log(1 / (1 + torch.exp(-x)))) if how == "naive" else logsigmoid
     if how == "no smoothing":
         eps = 0.0
-    first, second = (eps, 1 - eps) if how == "smoothing swapped" else (1.0 if how == "smoothing added" else 1 - eps, eps)
+    first, second = (
+        (eps, 1 - eps) if how == "smoothing swapped" else (1.0 if how == "smoothing added" else 1 - eps, eps)
+    )
     out = -first * log_sigmoid(inner * delta) - second * log_sigmoid(-inner * delta)
     out = out * {"beta outside": beta, "negative": -1}.get(how, 1)
     return out.mean() if how == "one number" else out

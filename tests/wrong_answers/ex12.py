@@ -17,7 +17,13 @@ def count(shapes: list[tuple[int, int]], r: int, how: str) -> Answer:
         frozen += N * K
         codes += N * K if how == "whole byte" else N * K // 2 if how == "codes floor" else ceil(N * K / 2)
         n = N * ceil(K / 64) if how == "by row" else up(N * K, 64)
-        wide = {"fp32": 4 * n, "no second": n, "second at 4": 5 * n + 4, "no scales": 0, "no offset": n + 4 * up(n, 256)}
+        wide = {
+            "fp32": 4 * n,
+            "no second": n,
+            "second at 4": 5 * n + 4,
+            "no scales": 0,
+            "no offset": n + 4 * up(n, 256),
+        }
         second = up(n, 64 if how == "second of 64" else 256)
         scales += wide.get(how, n + (1 if how == "second in 1" else 4) * (second + 1))
         trained += {"product": r * N * K, "A alone": r * K}.get(how, r * K + r * N)
