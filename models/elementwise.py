@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = empty_like(x, _wide(x))
-        rho = torch.rsqrt(torch.mul(x, x, out=y).mean(dim=-1, keepdim=True).add_(eps))
+        rho = torch.rsqrt(y.copy_(x).square_().mean(dim=-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, rho)
         return torch.mul(x, rho, out=y).mul_(weight).to(x.dtype)
 
@@ -77,7 +77,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dg = (dy.to(x_hat.dtype) * x_hat).flatten(0, -2).sum(dim=0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            u = torch.mul(dy, weight, out=empty_like(x, _wide(x)))
+            u = empty_like(x, _wide(x)).copy_(dy).mul_(weight)  # torch.mul(dy, weight, out=…) would round in dy.dtype
             along = torch.mul(u, x_hat, out=empty_like(x, _wide(x))).mean(dim=-1, keepdim=True)
             dx = u.sub_(x_hat.mul_(along)).mul_(rho).to(x.dtype)
         return dx, dg, None

@@ -115,3 +115,19 @@ def test_nothing_is_recomputed_unless_asked():
     with recomputed(h, lambda: pytest.fail("was made again"), when=False):
         (h * h).sum().backward()
     assert torch.equal(x.grad, 2 * h.detach() * h.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm_of_16_bits_is_computed_in_fp32_and_rounded_once(dtype: torch.dtype) -> None:
+    """300² is infinity in fp16: squared there, a row with an outlier (SmolLM2's reach 19 000) came out as zeros."""
+    torch.manual_seed(0)
+    results = []
+    x, g, dy = (torch.randn(shape).to(dtype) for shape in ((5, 64), (64,), (5, 64)))
+    x[:, 3] = 300
+    for made in (dtype, torch.float32):
+        leaves = [leaf(t.to(made)) for t in (x, g)]
+        y = rms_norm(*leaves, 1e-5)
+        y.backward(dy.to(made))
+        results.append([t.to(dtype) for t in (y.detach(), *(t.grad for t in leaves))])
+    for got, wide in zip(*results, strict=True):
+        assert torch.equal(got, wide)
