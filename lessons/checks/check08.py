@@ -1,11 +1,13 @@
 """Exercise 8: the loss of a window, against trainers.sft.sft_loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lessons.grading import Case, Forbidden, Mistake
+from lessons.grading.cases import Student
 from trainers.sft import sft_loss
 
 TITLE = "the loss of a window of micro-batches"
@@ -88,5 +90,7 @@ def cases() -> list[Case]:
 
 
 def _case(name: str, nlls: list[Tensor], masks: list[Tensor]) -> Case:
-    ask: Callable = lambda student: student("window_loss", nlls, masks)  # noqa: E731  # a Case asks by a function
+    def ask(student: Student) -> Any:
+        return student("window_loss", nlls, masks)
+
     return Case(name, ask, expected(nlls, masks), wrong(nlls, masks), rtol=RTOL)

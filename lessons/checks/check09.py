@@ -30,8 +30,9 @@ MEAN_OF_PAIRS = "one number for all pairs: return each pair's loss, (B,)"
 NEGATIVE = "the sign is missing: the loss is -log σ, which is above 0"
 
 
-def wrong(*call) -> list[Mistake]:
-    pc, pr, rc, rr, cm, rm, beta, eps = call
+def wrong(
+    pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor, cm: Tensor, rm: Tensor, beta: float, eps: float
+) -> list[Mistake]:
     sums = [sequence_logps(logps, mask) for logps, mask in ((pc, cm), (pr, rm), (rc, cm), (rr, rm))]
     means = [s / mask.sum(1) for s, mask in zip(sums, (cm, rm, cm, rm), strict=True)]
     bare = [logps.sum(1) for logps in (pc, pr, rc, rr)]
@@ -63,7 +64,7 @@ def wrong(*call) -> list[Mistake]:
     return [Mistake(hint, value) for hint, value in values]
 
 
-def expected(pc, pr, rc, rr, cm, rm, beta: float, eps: float) -> Tensor:
+def expected(pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor, cm: Tensor, rm: Tensor, beta: float, eps: float) -> Tensor:
     sums = [sequence_logps(logps, mask) for logps, mask in ((pc, cm), (pr, rm), (rc, cm), (rr, rm))]
     return dpo_loss(*sums, beta=beta, label_smoothing=eps)[0]
 
