@@ -68,7 +68,7 @@ def verdict(case: Case, got: Any) -> str | None:
         return case.rule(got) if case.rule else None
     for mistake in case.mistakes:
         if mistake.shows(got, case.rtol, case.atol):
-            return f"{mistake.hint} ({wrong})"
+            return f"{wrong}. Perhaps: {mistake.hint}"
     return wrong
 
 
