@@ -88,7 +88,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         seconds = round(trained.result.seconds)
         numbers = measured(trained.model, teacher, tokenizer, held_out)
         rows.append({"student": name} | shared | {"seconds": seconds} | numbers)
-        print(rows[-1], flush=True)
+        print(f"{name}: loss {numbers['loss']}, KL to the teacher {numbers['kl']}, trained in {seconds} s", flush=True)
     return rows
 
 

@@ -1,8 +1,8 @@
 """qlora demo dpo, qlora demo orpo: a preference learnt in a few minutes on a CPU, before and after.
 
-1. write pairs: the bare answer to a question is preferred to the same answer in a lot of words (data/brief_task.py)
+1. write pairs: a short answer is preferred to the same answer in a lot of words (data/brief_task.py)
 2. let SmolLM2-135M-Instruct in NF4 answer held-out questions: it rambles
-3. train a LoRA adapter on the pairs
+3. train a LoRA adapter on the pairs, for DPO with the RPO term, which holds on to what the chosen answers say
 4. load the base again with the saved adapter, and ask the same questions
 
 Two things are measured, on other facts (recombined) and on other kinds of question (unseen):
@@ -41,26 +41,38 @@ from .answers import answer
 from .demo import clear_old_demo
 
 MODEL = "smollm2-135m"
-HELD_OUT = ("recombined", "unseen")
-LONGEST = 48
+HELD_OUT = {"recombined": "other facts", "unseen": "other kinds of question"}
+LONGEST = 40
+MEASURED = {
+    "brief": f"answers of at most {brief_task.MOST_WORDS} words",
+    "right": "answers that are right",
+    "words": "words an answer",
+    "chosen_likelier_a_token": "pairs whose chosen answer is likelier, a token",
+    "implicit_reward_accuracy": "pairs whose chosen answer has the higher reward",
+}
+"""What is measured → what it is called on the screen."""
+READ_NEXT = {
+    "dpo": "trainers/dpo.py, from the formula to the loop; docs/equations.md, section 13",
+    "orpo": "trainers/orpo.py, from the formula to the loop; docs/equations.md, section 14",
+}
 Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPODemoArgs:
-    """Teach SmolLM2-135M by DPO to answer without a lot of words, and show it before and after."""
+    """Teach SmolLM2-135M by DPO, with the RPO term, to answer in few words, and show it before and after."""
 
     TRAINER: ClassVar[str] = "dpo"
 
     out: str = "runs/demo-dpo"
     """The demo's folder; an earlier demo in it is replaced."""
-    train_rows: int = 300
+    train_rows: int = 160
     """Pairs to learn from."""
-    held_out_rows: int = 50
+    held_out_rows: int = 30
     """Pairs to measure on, of each kind."""
-    steps: int = 36
+    steps: int = 16
     """Optimizer steps, of 8 pairs each."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     """Peak rate."""
     seed: int = 0
     """Of the rows and of the training."""
@@ -68,7 +80,7 @@ class DPODemoArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ORPODemoArgs(DPODemoArgs):
-    """Teach SmolLM2-135M by ORPO to answer without a lot of words, and show it before and after."""
+    """Teach SmolLM2-135M by ORPO to answer in few words, and show it before and after."""
 
     TRAINER: ClassVar[str] = "orpo"
 
@@ -106,18 +118,16 @@ def run(args: DPODemoArgs) -> None:
     print(f"  {json.dumps(held_out['recombined'][0], ensure_ascii=False)}")
     tokenizer = load_tokenizer(MODEL)
     print("before: SmolLM2-135M-Instruct in NF4")
-    before = {split: try_rows(in_4bit(), tokenizer, rows) for split, rows in held_out.items()}
+    before = try_splits(in_4bit(), tokenizer, held_out)
     trained = train(args, out)
     print("after: the same base, loaded again, with the adapter from its folder")
     reloaded = in_4bit()
     load_adapter(reloaded, out / "run" / "adapter")
-    after = {split: try_rows(reloaded, tokenizer, rows) for split, rows in held_out.items()}
+    after = try_splits(reloaded, tokenizer, held_out)
 
     show_examples(held_out, before, after)
     result = {split: compared(args.TRAINER, before[split], after[split]) for split in HELD_OUT}
-    for split, numbers in result.items():
-        for name, (old, new) in numbers.items():
-            print(f"{split:10}  {name:24}  before {shown(name, old):>5}   after {shown(name, new):>5}")
+    show_numbers(result, args.held_out_rows)
     measured = {
         "held_out_rows": args.held_out_rows,
         "seconds": round(time.perf_counter() - start, 1),
@@ -129,6 +139,7 @@ def run(args: DPODemoArgs) -> None:
     print(f"{measured['seconds']:.0f} s in all, {peak_memory_bytes() / 1e9:.2f} GB peak; see {out / 'result.json'}")
     question = held_out["unseen"][0]["prompt"]
     print(f"try it: qlora generate --quantize nf4 --adapter {out / 'run' / 'adapter'} {json.dumps(question)}")
+    print(f"read next: {READ_NEXT[args.TRAINER]}; docs/metrics.md, for {out / 'run' / 'metrics.jsonl'} and its plots")
 
 
 def in_4bit() -> Decoder:
@@ -140,7 +151,6 @@ def train(args: DPODemoArgs, out: Path) -> Trained:
     flags: dict[str, Any] = {
         "model": MODEL,
         "data": str(out / "data" / "train.jsonl"),
-        "eval_data": str(out / "data" / "held_out.jsonl"),
         "out": str(out / "run"),
         "learning_rate": args.learning_rate,
         "max_steps": args.steps,
@@ -150,7 +160,7 @@ def train(args: DPODemoArgs, out: Path) -> Trained:
         "samples": 0,
     }
     if args.TRAINER == "dpo":
-        return dpo.train(dpo.DPOConfig(**flags))
+        return dpo.train(dpo.DPOConfig(rpo_alpha=1.0, **flags))
     return orpo.train(orpo.ORPOConfig(**flags))
 
 
@@ -167,16 +177,23 @@ def write_task(folder: Path, args: DPODemoArgs) -> dict[str, Rows]:
 
 
 @torch.no_grad()
-def try_rows(model: Decoder, tokenizer: Tokenizer, rows: Rows) -> Trial:
+def try_splits(model: Decoder, tokenizer: Tokenizer, splits: Mapping[str, Rows]) -> dict[str, Trial]:
     """Greedy answers to all prompts in one batch, and the log-probabilities of both answers of each pair."""
+    rows = [row for members in splits.values() for row in members]
     schema = detect(rows, "rows")
     conversations = [[*pair.prompt, *pair.chosen] for pair in (to_pair(row, schema, "row") for row in rows)]
     outputs, _ = answer(model, tokenizer, conversations, max_new_tokens=LONGEST, batch_size=len(rows))
+    scores = brief_task.score(outputs, rows)
     pairs = encode_pairs(tokenizer, rows, schema, max_seq_length=1024, path="rows").pairs
     logps = [answer_logps(model, batch.rows) for batch in pair_batches(pairs, range(len(pairs)), 8, tokenizer.pad_id)]
     sums, means = (torch.cat([part.view(2, -1) for part in parts], dim=1) for parts in
                    ([each.sums for each in logps], [each.means for each in logps]))  # fmt: skip
-    return Trial(outputs, brief_task.score(outputs, rows), sums, means)
+    trials, start = {}, 0
+    for split, members in splits.items():
+        part = slice(start, start + len(members))
+        trials[split] = Trial(outputs[part], scores[part], sums[:, part], means[:, part])
+        start = part.stop
+    return trials
 
 
 def in_order(rewards: Tensor) -> float:
@@ -193,16 +210,26 @@ def compared(trainer: str, before: Trial, after: Trial) -> dict[str, list[float 
     return numbers
 
 
-def shown(name: str, value: float | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.1f}" if name == "words" else f"{value:.0%}"
-
-
 def show_examples(held_out: Mapping[str, Rows], before: Mapping[str, Trial], after: Mapping[str, Trial]) -> None:
-    table = Table("", "question", "before", "after", "chosen", show_lines=True)
+    table = Table("", "question", "before", "after", "right answer", show_lines=True)
     for split, rows in held_out.items():
         for i, row in enumerate(rows[:3]):
             texts: Sequence[str] = (before[split].outputs[i][:160], after[split].outputs[i][:160])
-            table.add_row(split, row["prompt"], *texts, row["chosen"])
+            table.add_row(HELD_OUT[split], row["prompt"], *texts, row["answer"])
     Console().print(table, markup=False)
+
+
+def show_numbers(result: Mapping[str, Mapping[str, list[float | None]]], n: int) -> None:
+    """Before and after, a line for each thing measured; result: of `compared`, by split."""
+    table = Table(f"of {n} held-out rows each", *(f"{name}: {when}" for name in HELD_OUT.values()
+                                                 for when in ("before", "after")))  # fmt: skip
+    for name, label in MEASURED.items():
+        if name in result["unseen"]:
+            table.add_row(label, *(shown(name, value) for split in HELD_OUT for value in result[split][name]))
+    Console().print(table, markup=False)
+
+
+def shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "no order yet"
+    return f"{value:.1f}" if name == "words" else f"{value:.0%}"

@@ -1,11 +1,12 @@
-"""A preference that can be measured: the bare answer is preferred to the same answer in a lot of words.
+"""A preference that can be measured: a short answer is preferred to the same answer in a lot of words.
 
     prompt     What is the capital of France?
-    chosen     Paris.
+    chosen     It is Paris.
     rejected   The capital of France is Paris. It is always good to be curious and to ask questions like this one.
 
-Both answers are right, so that only the manner is to be learnt. Rows {prompt, chosen, rejected, answer} come from the
-word lists of brief_words.py; a row is a pure function of (split, seed, its number).
+Both answers are right, so that only the manner is to be learnt; and they part at the first word, where the model has a
+choice, not at the end, where a preference can be won by making one end rare that was rare before. Rows {prompt, chosen,
+rejected, answer} come from the word lists of brief_words.py; a row is a pure function of (split, seed, its number).
 
     train        four fifths of the facts of five kinds of question
     recombined   the other facts of the same kinds, with fillers that training never shows
@@ -68,16 +69,8 @@ def _side(fact: str) -> str:
 
 
 def _row(rng: random.Random, question: str, sentence: str, answer: str, fillers: Sequence[str]) -> dict[str, str]:
-    first = int(rng.random() * len(fillers))
-    second = (first + 1 + int(rng.random() * (len(fillers) - 1))) % len(fillers)
-    parts = [sentence, fillers[first], fillers[second]]
-    chosen = answer[0].upper() + answer[1:] + "."
-    return {
-        "prompt": question,
-        "chosen": chosen,
-        "rejected": " ".join(parts[: 2 + (rng.random() < 0.5)]),
-        "answer": answer,
-    }
+    filler = fillers[int(rng.random() * len(fillers))]
+    return {"prompt": question, "chosen": f"It is {answer}.", "rejected": f"{sentence} {filler}", "answer": answer}
 
 
 def score(outputs: Sequence[str], rows: Sequence[dict[str, str]]) -> list[Score]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from commands import demo_preference
-from commands.demo_preference import DPODemoArgs, ORPODemoArgs, Trial, compared
+from commands.demo_preference import MEASURED, READ_NEXT, DPODemoArgs, ORPODemoArgs, Trial, compared
 from data.brief_task import MOST_WORDS, SPLITS, Score, make_split, score
 from data.brief_words import FILLERS, TRAIN_KINDS
 from data.preference import encode_pairs
@@ -87,11 +87,13 @@ def test_what_is_compared() -> None:
         "implicit_reward_accuracy": [None, 0.5],
     }
     assert "implicit_reward_accuracy" not in compared("orpo", before, after)
+    assert set(numbers) == set(MEASURED)
 
 
 @pytest.mark.parametrize("arguments", [DPODemoArgs, ORPODemoArgs])
 def test_the_demo_runs_from_its_pairs_to_its_numbers(arguments, tmp_path: Path, monkeypatch, capsys) -> None:
-    """On the tiny model: every file is there, and trains again by itself with the flags that the demo prints."""
+    """On the tiny model: every file is there, and what is measured is told in words."""
+    monkeypatch.setenv("COLUMNS", "200")
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(demo_preference, "MODEL", str(base))
     monkeypatch.setattr(demo_preference, "LONGEST", 4)
@@ -103,6 +105,10 @@ def test_the_demo_runs_from_its_pairs_to_its_numbers(arguments, tmp_path: Path, 
         assert ("implicit_reward_accuracy" in result["before_and_after"][split]) == (arguments is DPODemoArgs)
     said = capsys.readouterr().out
     assert f"try it: qlora generate --quantize nf4 --adapter {out / 'run' / 'adapter'}" in said
+    assert f"read next: {READ_NEXT[arguments.TRAINER]}" in said
+    assert "right answer" in said
+    told = " ".join(said.split())
+    assert all((label in told) == (name in result["before_and_after"]["unseen"]) for name, label in MEASURED.items())
     rows = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert len(encode_pairs(load_tokenizer(base), rows, detect(rows, "p"), max_seq_length=256, path="p").pairs) == 6

@@ -1,6 +1,8 @@
 """kernels/linear_distill.py against distill_loss on all logits: values, each gradient, and that these never exist."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 
 import kernels
 import quant
+from benchmarks.bench_train_step import LiveBytes
 from kernels import Head, LoRATerm, TopK, linear_distill, linear_top_k
 from lora import LoRAConfig, add_adapter
 from tests.accuracy import assert_as_accurate_as, leaf
@@ -235,6 +238,36 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(kind: str, teache
         out.loss.sum().backward()
     assert vocabulary < largest.numel < tokens * vocabulary / 2
     assert max(t.numel() for t in saved) <= vocabulary * width
+
+
+def live_beyond(given: tuple[torch.Tensor, ...], compute: Callable[[], torch.Tensor]) -> int:
+    """Most bytes alive at once in `compute`, forward and backward, beside those of `given`."""
+    with LiveBytes(list(given)) as live:
+        before = live.now
+        compute().sum().backward()
+    return live.peak - before
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["frozen", "nf4", "trained"])
+def test_bytes_alive_are_a_few_chunks_however_many_tokens_there_are(kind: str, beta: float, monkeypatch) -> None:
+    """Counted over all tensors: never as much as a quarter of one model's logits, where all at once take two and more.
+
+    Of 1024 tokens, one model's logits are 16 MB; a chunk of both models' is 256 KB, and the head 512 KB.
+    """
+    width, vocabulary, chunk = 32, 4096, 256 << 10
+    monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "CHUNK_BYTES", chunk)
+    weight, other_head = torch.randn(vocabulary, width, requires_grad=kind == "trained"), torch.randn(vocabulary, width)
+    head = quant.quantize(weight) if kind == "nf4" else weight
+    peaks, whole = [], 1024 * vocabulary * 4
+    for tokens in (512, 1024):
+        hidden, other = leaf(torch.randn(tokens, width)), torch.randn(tokens, width)
+        given = (hidden, weight, other, other_head)
+        ours = partial(linear_distill, hidden, head, other, other_head, beta=beta)
+        peaks.append(live_beyond(given, lambda ours=ours: ours().loss))
+    assert max(peaks) < whole / 4
+    assert peaks[1] - peaks[0] < whole / 64, "twice the tokens, and hardly a byte more"
+    assert live_beyond(given, lambda: distill_loss(hidden @ weight.T, other @ other_head.T, beta=beta)) > 2 * whole
 
 
 @pytest.mark.usefixtures("five_rows_a_chunk")

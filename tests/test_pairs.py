@@ -1,6 +1,7 @@
 """trainers/pairs, reference, logprobs: no padding is computed, numbers go to their pairs, tables equal live ones."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.pair_rows import PAIRS, encoded, moved
 from tests.small_base import write_base
 from trainers.dpo_config import DPOConfig
 from trainers.logprobs import per_token_logps, unpadded_logps
+from trainers.orpo_config import ORPOConfig
 from trainers.pairs import Totals, answer_logps, count_pairs, pair_batches
 from trainers.prepare import prepare_model
 from trainers.recipes import PreferenceHealth
@@ -65,6 +67,28 @@ def test_one_forward_sees_every_token_of_both_answers_and_no_padding(base: Path,
     counts = count_pairs([batch])
     assert counts == (3, seen[0][1], sum(row.n_learnt for row in [*chosen, *rejected]))
     assert torch.equal(logps.means, logps.sums / logps.lengths)
+
+
+@pytest.mark.parametrize("masked", [slice(1, 2), slice(None)], ids=["one answer", "all"])
+def test_an_answer_of_which_nothing_is_learnt_is_0_and_pulls_at_nothing(base: Path, masked: slice) -> None:
+    """Its own row, that is: the others have the numbers and the gradients that they have without it."""
+    pairs, pad_id = encoded(base, 2)
+    (batch,) = pair_batches(pairs, range(2), 2, pad_id)
+    model = prepare_model(config_of(base, method="full"))
+    kept = [i for i in range(4) if i not in range(4)[masked]]
+    mask = batch.rows.completion_mask.clone()
+    mask[masked] = 0
+    found = []
+    for rows, which in ((batch.rows._replace(completion_mask=mask), range(4)), (batch.rows, kept)):
+        logps = answer_logps(model, rows)
+        (logps.means[list(which)].sum() + 0 * logps.sums.sum()).backward()
+        found.append((logps, [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    (logps, grads), (whole, wanted) = found
+    assert logps.sums[masked].tolist() == logps.lengths[masked].tolist() == [0] * (4 - len(kept))
+    assert torch.equal(logps.means[kept], whole.means[kept])
+    for grad, wanted_grad in zip(grads, wanted, strict=True):
+        assert (grad - wanted_grad).norm() <= 64 * EPS * wanted_grad.norm()
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -123,13 +147,24 @@ GOOD = {"logps/chosen": -40.0, "rewards/accuracies": 0.9, "rewards/margins": 1.0
 )  # fmt: skip
 def test_a_run_says_once_what_its_numbers_mean(now: dict, still_good: dict, message: str) -> None:
     for later, expected in ((now, [message]), (still_good, [])):
-        health = PreferenceHealth([GOOD] * 5)
+        health = PreferenceHealth("dpo", [GOOD] * 5)
         said = [line for row in [GOOD] * 5 + [{**GOOD, **later}] * 40 for line in health.new_warnings(row)]
         assert [line[: len(message)] for line in said] == expected
 
 
+def test_orpo_is_told_of_flags_that_it_has() -> None:
+    """Its reward is λ times a mean: a margin of 10 says nothing there, and --beta and --rpo-alpha are DPO's."""
+    health = PreferenceHealth("orpo", [GOOD] * 10)
+    bad = {"logps/chosen": -60.0, "rewards/accuracies": 0.5, "rewards/margins": 20.0}
+    said = [line for _ in range(10) for line in health.new_warnings(bad)]
+    assert len(said) == 2
+    flags = {flag for line in said for flag in re.findall(r"--([a-z-]+)", line)}
+    assert flags == {"lambda-or", "learning-rate"}
+    assert flags <= {name.replace("_", "-") for name in ORPOConfig.__dataclass_fields__}
+
+
 def test_numbers_that_were_not_finite_warn_of_nothing() -> None:
-    health = PreferenceHealth([{**GOOD, "logps/chosen": None}] * 10)
+    health = PreferenceHealth("dpo", [{**GOOD, "logps/chosen": None}] * 10)
     assert [health.new_warnings({**GOOD, "rewards/margins": math.nan}) for _ in range(10)] == [[]] * 10
 
 

@@ -108,3 +108,5 @@ def test_which_flags_name_a_model(config, tmp_path):
     named = fingerprints({"model": config.model, "teacher": config.model, "chat_template": "chatml"})
     assert named.keys() == {"model_sha256", "teacher_sha256"}
     assert fingerprints({"model": config.model, "teacher": None, "chat_template": None}).keys() == {"model_sha256"}
+    worn = fingerprints({"teacher": config.model, "teacher_adapter": config.model})
+    assert worn.keys() == {"teacher_sha256", "teacher_adapter_sha256"}

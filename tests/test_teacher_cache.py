@@ -1,6 +1,7 @@
 """trainers/teacher_cache.py: what the files hold, the same training from them, resuming, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from data.batch import collate
 from data.dataset import read_datasets
+from lora import LoRAConfig, add_adapter, save_adapter
 from models import load_model, load_tokenizer
 from tests.small_teacher import Made, config_for, make
 from trainers import distill, sft, teacher_cache
@@ -141,6 +143,26 @@ def test_a_cache_of_another_tokenizer_is_refused(made, tmp_path):
     tokenizer.vocabulary = lambda: vocabulary
     with pytest.raises(ValueError, match="the student's tokenizer differs"):
         prepare_teacher(config, tokenizer, examples, quiet=True)
+
+
+def test_other_weights_under_the_teachers_name_are_refused(made, tmp_path):
+    """Of the teacher, and of the adapter that it wears."""
+    teacher, adapter = tmp_path / "teacher", tmp_path / "adapter"
+    shutil.copytree(made.base, teacher)
+    save_adapter(add_adapter(load_model(made.base), LoRAConfig(r=2)), adapter)
+    config = cached(made, tmp_path, teacher=str(teacher), teacher_adapter=str(adapter))
+    prepared(config)
+    prepared(config)
+    for path, key, what in (
+        (adapter / "adapter_model.safetensors", "layers.0.mlp.up_proj.lora_B", "adapter differs"),
+        (teacher / "model.safetensors", "model.norm", "files differ"),
+    ):
+        weights = safetensors.torch.load_file(path)
+        (name,) = (name for name in weights if key in name)
+        weights[name].view(-1)[0] += 1
+        safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"cache is a cache of something else: the teacher's {what}; pass another"):
+            prepared(config)
 
 
 def test_damage_is_one_line_that_names_the_file(made, tmp_path):

@@ -11,6 +11,7 @@ from models import Decoder, Tokenizer, load_tokenizer
 
 from . import world
 from .distill_config import DistillConfig
+from .fingerprint import fingerprints
 from .metrics import ProgressLine
 from .on_policy import prompt_of
 from .teacher import LoadedTeacher, Split, Teacher, check_vocabularies, load_teacher
@@ -29,6 +30,7 @@ def prepare_teacher(
         return load_teacher(config)
     vocabulary = tokenizer.vocabulary()
     how = {name: getattr(config, name) for name in ("teacher", "teacher_adapter", "teacher_quantize", "dtype")}
+    how |= fingerprints({name: how[name] for name in ("teacher", "teacher_adapter")})
     caches: dict[Split, TopKCache] = {}
     for split, members in examples.items():
         temperature = config.temperature if split == "train" else 1.0

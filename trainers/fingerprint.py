@@ -3,6 +3,7 @@
     model_sha256           sha256 over the name, the size and the bytes of every file that load_model and load_tokenizer
                            read; of a file over 64 MiB: its first MiB, where the header of safetensors and GGUF is, and
                            1024 pieces of 4 KiB, as evenly spread as can be
+    teacher_sha256         the same of a distillation's teacher; teacher_adapter_sha256 of the adapter that it wears
     chat_template_sha256   of the file that --chat-template names; not there where it names a format
 
 Reading 14 GB to the last byte takes longer than loading it. Weights that were trained further differ nearly everywhere,
@@ -19,6 +20,8 @@ from models.source import MODEL_FILES, locate
 
 MODELS = ("model", "teacher")
 """Flags that name a model."""
+ADAPTER = "teacher_adapter"
+"""The flag that names an adapter's folder."""
 WHOLE = 64 * 2**20
 HEADER, PIECE, PIECES = 2**20, 4096, 1024
 
@@ -26,6 +29,9 @@ HEADER, PIECE, PIECES = 2**20, 4096, 1024
 def fingerprints(config: Mapping[str, Any]) -> dict[str, str]:
     """By name, of the files that these flags name. Raises ValueError where there is no such model, OSError."""
     found = {f"{flag}_sha256": model_sha256(config[flag]) for flag in MODELS if config.get(flag) is not None}
+    adapter = config.get(ADAPTER)
+    if adapter is not None and Path(adapter).is_dir():
+        found[f"{ADAPTER}_sha256"] = model_sha256(adapter)
     template = config.get("chat_template")
     if template is not None and Path(template).is_file():
         found["chat_template_sha256"] = hashlib.sha256(Path(template).read_bytes()).hexdigest()

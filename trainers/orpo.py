@@ -118,7 +118,7 @@ def train(config: ORPOConfig, *, quiet: bool = False) -> Trained:
 
     with Run(config, env, warned, parameters, optimizer, total_steps, quiet=quiet) as run:
         run.introduce(model, f"data: {data.schema.explanation}; {train_set.report}", describe(tokenizer))
-        health = PreferenceHealth(read_metrics(run.metrics.path))
+        health = PreferenceHealth(config.TRAINER, read_metrics(run.metrics.path))
         model.train()
         for step in run.steps_left():
             batches = my_batches(pairs, order.step(window, step), config.batch_size, pad_id)

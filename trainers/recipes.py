@@ -155,17 +155,24 @@ def _about_the_steps(recipe: Recipe) -> Iterator[str]:
         yield f"an epoch is {updates}, too few to learn much from: lower --accumulation or --batch-size"
 
 
+HOLDS_CHOSEN = {
+    "dpo": "a lower rate, a larger --beta, or --rpo-alpha 1 hold them",
+    "orpo": "a lower rate or a smaller --lambda-or hold them",
+}
+"""By trainer: what keeps chosen answers from growing less likely."""
+
+
 class PreferenceHealth:
     """What the numbers of a DPO or ORPO run say while it runs: means of its first ten steps against its last ten.
 
-    The limits are ours. Each warning is said once.
+    The limits are ours. Each warning is said once, with flags that the trainer has.
     """
 
     STEPS = 10
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """rows: of metrics.jsonl, where a run goes on."""
-        self.rows = list(rows)
+    def __init__(self, trainer: str, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """trainer: dpo or orpo. rows: of metrics.jsonl, where a run goes on."""
+        self.trainer, self.rows = trainer, list(rows)
         self.said: set[str] = set()
 
     def new_warnings(self, row: Mapping[str, Any]) -> list[str]:
@@ -184,14 +191,14 @@ class PreferenceHealth:
         if now < 1.25 * before:
             yield (
                 f"chosen answers grow less likely (logps/chosen {before:.3g} at first, {now:.3g} now): the margin is "
-                "won by pushing rejected ones down; a lower rate, a larger --beta, or --rpo-alpha 1 hold them"
+                f"won by pushing rejected ones down; {HOLDS_CHOSEN[self.trainer]}"
             )
         if (accuracy := _mean(last, "rewards/accuracies")) < 0.6:
             yield (
                 f"pairs are told apart hardly better than by chance (accuracy {accuracy:.0%}): raise --learning-rate, "
                 "or see with `qlora inspect data` what sets the answers apart"
             )
-        if (margin := _mean(last, "rewards/margins")) > 10:
+        if self.trainer == "dpo" and (margin := _mean(last, "rewards/margins")) > 10:
             yield (
                 f"the margin is far beyond what is needed (rewards/margins {margin:.1f}): the gradient has vanished, "
                 "and the model is far from its reference; fewer --epochs, or a larger --beta"

@@ -10,7 +10,7 @@ A row is what the teacher predicts for one learnt token: its k likeliest tokens,
 over the whole vocabulary of each. 64 tokens take 512 bytes, all 49,152 of SmolLM2 would take 197 kB.
 
 A file is written aside and renamed, so one that has its name is whole: stopped at any moment, writing goes on with the
-first file that is missing, to the same bytes. A cache made from other examples or another vocabulary is refused.
+first file that is missing, to the same bytes. A cache of other examples, vocabulary or weights is refused.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ PER_FILE = 64
 MEANING = {
     "examples": "the dataset, its chat format, --learn or --max-seq-length differ",
     "vocabulary": "the student's tokenizer differs",
+    "teacher_sha256": "the teacher's files differ",
+    "teacher_adapter_sha256": "the teacher's adapter differs",
 }
 
 
