@@ -22,7 +22,10 @@ def run(config: GRPOConfig) -> None:
         return
     print(f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_bytes / 1e9:.2f} GB peak")
     rows = read_metrics(Path(config.out) / "metrics.jsonl")
-    for key, who in (("reward", "rollouts"), ("eval_reward", "held-out prompts, greedy")):
+    told = {"reward": "rollouts", "eval_reward": "held-out prompts, greedy"}
+    if len(config.reward_names) > 1:
+        told |= {f"eval_rewards/{name}/mean": f"held-out prompts, {name} alone" for name in config.reward_names}
+    for key, who in told.items():
         known = [row[key] for row in rows if row.get(key) is not None]
         if known:
             print(f"mean reward of {who}: {known[0]:.3f} before, {known[-1]:.3f} after")

@@ -292,6 +292,13 @@ def test_the_command_says_rewards_before_and_after(config, base, capsys):
         shown = f"(wanted: {first['wanted']})", f"  before: {' '.join(first['completion'].split())}"
         assert "\n".join(shown) in said
         assert f"  after:  {' '.join(last['completion'].split())}" in said
+    assert (
+        main(["grpo", *flags, "--eval-data", config.data, "--out", config.out + "3", "--rewards", "length:3", "exact"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "mean reward of held-out prompts, length:3 alone: 0." in said
+    assert "mean reward of held-out prompts, exact alone: 0.000 before, 0.000 after" in said
     assert main(["grpo", *flags, "--out", config.out + "2", "--rewards", "exakt"]) == 2
     assert capsys.readouterr().err.startswith("qlora grpo: reward 'exakt' is none of exact, number,")
 
