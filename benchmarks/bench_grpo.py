@@ -11,6 +11,7 @@ turns. Columns of the CSV:
     peak_process_bytes  peak resident memory of the process, Python, libraries and loading included
 
 `--forward` is how many completions a forward of training holds, the same on both sides; TRL's own default is 8.
+TRL samples in train mode, where bitsandbytes multiplies in fp32, as ours does (benchmarks/bench_decode.py).
 """
 
 import argparse

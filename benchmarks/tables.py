@@ -82,6 +82,14 @@ TABLES: dict[str, dict[str, Column]] = {
         "first token, ms": plain("prefill_ms"),
         "equal completions": lambda row: "" if "adapter" in row["arm"] else f"{row['same']} of {row['batch']}",
     },
+    "grpo": {
+        "GRPO iteration": plain("arm"),
+        "completions a forward": plain("completions_a_forward"),
+        "seconds": fixed("seconds", 1),
+        "time ×": fixed("time_ratio", 2),
+        "peak memory": gigabytes("peak_process_bytes"),
+        "memory ×": fixed("memory_ratio", 2),
+    },
     "distill": {
         "student": plain("student"),
         "layers": lambda row: row["layers"] if row["student"] != "(the teacher)" else "",

@@ -42,6 +42,7 @@ def run(args: InspectRunArgs) -> None:
 def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[Path]) -> list[str]:
     """What is printed, from the flags, metrics.jsonl and the checkpoints."""
     said = [", ".join(f"{name} {config[name]}" for name in SHOWN if config.get(name) is not None)]
+    held_out = [row for row in rows if row.get("eval_reward") is not None]
     rows = [row for row in rows if row["step"] > 0]  # step 0 is an evaluation before training
     if rows:
         first, last = rows[0], rows[-1]
@@ -51,6 +52,9 @@ def lines(config: dict[str, Any], rows: list[dict[str, Any]], checkpoints: list[
             said.append(
                 f"reward       {rewards[0]['reward']:.4f} at step {rewards[0]['step']}, {rewards[-1]['reward']:.4f} now"
             )
+        if held_out:
+            ends = [f"{row['eval_reward']:.4f} at step {row['step']}" for row in (held_out[0], held_out[-1])]
+            said.append(f"held out     reward {', '.join(ends)}")
         evaluations = [row for row in rows if row.get("eval_loss") is not None]
         if evaluations:
             at = evaluations[-1]

@@ -6,14 +6,19 @@
 Half of the questions name one thing, half two. Numbers lie between 2 and 59.
 
     train      things and verbs that training shows
-    unseen     other things and other verbs; the form of the sentences is the same
+    dev        other things and other verbs, to choose settings by; the form of the sentences is the same
+    unseen     others again, for the figure that is reported
+
+The last number of the question is right three times in four, so the reward `number`, which takes the last number of an
+answer, has a hole: an answer that repeats the question's numbers gets 75 % of it, in whatever words. With
+`regex:\\D*\\d+\\D*`, one number and no other, beside it, such an answer loses where there are two.
 
 A row {prompt, completion} is a pure function of (split, seed, its number); the completion is the right number alone.
 """
 
 import random
 
-SPLITS = ("train", "unseen")
+SPLITS = ("train", "dev", "unseen")
 THINGS = {
     "train": [
         "apples",
@@ -29,10 +34,12 @@ THINGS = {
         "castles",
         "lemons",
     ],
+    "dev": ["bottles", "kittens", "ladders", "islands", "buttons", "tables", "planets", "spoons"],
     "unseen": ["boxes", "horses", "letters", "mountains", "shirts", "engines", "flowers", "coins"],
 }
 VERBS = {
     "train": (("bought", "buy"), ("saw", "see"), ("counted", "count"), ("drew", "draw")),
+    "dev": (("took", "take"), ("made", "make"), ("lost", "lose")),
     "unseen": (("sold", "sell"), ("found", "find"), ("painted", "paint")),
 }
 SMALLEST, LARGEST = 2, 59
@@ -41,7 +48,7 @@ SMALLEST, LARGEST = 2, 59
 def make_quantities(split: str, n: int, seed: int = 0) -> list[dict[str, str]]:
     """`n` different rows {prompt, completion}; the first k rows do not depend on n.
 
-    Raises ValueError when the split is not train or unseen.
+    Raises ValueError when the split is none of SPLITS.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -4,15 +4,17 @@
     top-k   keeps the k most probable tokens
     top-p   keeps the fewest tokens, most probable first, whose p (renormalised after top-k) reach top_p
             (nucleus sampling, arXiv 1904.09751)
-    sample  argmax_v p_v / E_v over the kept tokens,  E_v ~ Exp(1) independent
+    sample  a block b of neighbouring tokens with probability P_b = Σ_{v in b} p_v, then v in it with p_v / P_b,
+            each by argmax_i p_i / E_i over the kept,  E_i ~ Exp(1) independent
 
-The last line draws token v with probability p_v / Σ kept p (exponential race: the first of independent clocks with
-rates p_v to ring; the Gumbel-max trick, in other words). Unlike a search in the cumulated p it does not add up
-rounding over the vocabulary, so the last bits of a logit, which change with the batch's shape, very rarely decide.
+The argmax draws i with probability p_i / Σ p (exponential race: the first of independent clocks with rates p_i to
+ring; the Gumbel-max trick, in other words). Unlike a search in the cumulated p it does not add up rounding over the
+vocabulary, so the last bits of a logit, which change with the batch's shape, very rarely decide. Two races need
+V / 128 + 128 random numbers a token, one over all tokens V of them: 512 and not 49,152, which cost more than the head.
 
-E_v comes from a counter and not from a generator with a state: splitmix64 (Steele, Lea and Flood, 2014) of a key, the
-position and v. The key is a hash of the seed, the prompt's ids and the number of the generation. So a row draws the
-same numbers alone, in any batch, and on any device.
+E_i comes from a counter and not from a generator with a state: splitmix64 (Steele, Lea and Flood, 2014) of a key, the
+position and a number of the token or the block. The key is a hash of the seed, the prompt's ids and the number of the
+generation. So a row draws the same numbers alone, in any batch, and on any device.
 
     R rows, V vocabulary, C candidates kept
 """
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+BLOCK = 128
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 of splitmix64's increment; torch's int64 products wrap, as it needs
 MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX2 = 0x94D049BB133111EB - (1 << 64)
@@ -34,11 +38,11 @@ def row_key(seed: int, prompt: Sequence[int], generation: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def exponentials(keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-    """Exp(1) numbers of rows with these int64 keys and positions (R,), for tokens int64 (R, C): float64 (R, C)."""
+def exponentials(keys: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
+    """Exp(1) of rows with these int64 keys and positions (R,), for numbers int64 (C,) or (R, C): float64 (R, C)."""
     row = _splitmix64(keys + positions * GOLDEN)
-    bits = _splitmix64(row[:, None] + (tokens + 1) * GOLDEN)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53  # 53 bits, in (0, 1)
+    bits = _splitmix64(row[:, None] + (numbers + 1) * GOLDEN)
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52  # 52 bits and a half, exact: never 0, never 1
     return -torch.log(uniform)
 
 
@@ -81,6 +85,18 @@ def sample(
     """
     if temperature == 0.0:
         return logps.argmax(dim=1)
-    kept, tokens = candidates(logps, top_k=top_k, top_p=top_p)
-    race = kept.double() - torch.log(exponentials(keys, positions, tokens))
-    return tokens.gather(1, race.argmax(dim=1, keepdim=True))[:, 0]
+    if top_k or top_p < 1.0:
+        kept, tokens = candidates(logps, top_k=top_k, top_p=top_p)
+        logps = torch.full_like(logps, -torch.inf).scatter_(1, tokens, kept)
+    R, V = logps.shape
+    p = F.pad(logps.exp(), (0, -V % BLOCK)).view(R, -1, BLOCK)
+    blocks = torch.arange(p.shape[1], device=p.device)
+    block = _first(p.sum(dim=2), exponentials(keys, positions, -2 - blocks))  # numbers that no token has
+    tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
+    p = p[torch.arange(R, device=p.device), block]
+    return block * BLOCK + _first(p, exponentials(keys, positions, tokens))
+
+
+def _first(rates: Tensor, exponentials: Tensor) -> Tensor:
+    """Which clock rings first: (R, C) → (R,)."""
+    return (rates.double() / exponentials).argmax(dim=1)

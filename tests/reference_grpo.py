@@ -40,6 +40,8 @@ class PolicyLoss(NamedTuple):
     """share of the counted tokens clipped below, and above"""
     high: float
     kl: float
+    mean_abs_log: float
+    """of the ratio, over the counted tokens"""
 
 
 def grpo_loss(
@@ -66,7 +68,7 @@ def grpo_loss(
     lengths = [int(sum(row)) for row in mask]
     by_token = loss_type in ("dapo", "bnpo")
     items = (sum(lengths) if by_token else len(mask)) if num_items is None else num_items
-    loss = low = high = kl = 0.0
+    loss = low = high = kl = distance = 0.0
     gradient = [[0.0] * len(row) for row in logps]
     for i, A in enumerate(advantages):
         counted = [t for t, m in enumerate(mask[i]) if m]
@@ -80,6 +82,7 @@ def grpo_loss(
             loss -= weight * min(free, bound)
             if free <= bound and ratio <= delta:
                 gradient[i][t] -= weight * A * ratio
+            distance += abs(math.log(ratio))
             low += ratio < 1 - epsilon and A < 0
             high += ratio > 1 + epsilon_high and A > 0
             if ref_logps is not None:
@@ -88,4 +91,4 @@ def grpo_loss(
                 loss += weight * beta * (math.exp(d) - d - 1)
                 gradient[i][t] += weight * beta * (1 - math.exp(d))
     n = max(1, sum(lengths))
-    return PolicyLoss(loss, gradient, low / n, high / n, kl / n)
+    return PolicyLoss(loss, gradient, low / n, high / n, kl / n, distance / n)

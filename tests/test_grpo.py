@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -193,10 +194,11 @@ def test_dynamic_sampling_replaces_groups_without_spread_up_to_a_limit(config):
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(config, tmp_path):
-    """SIGKILL between the updates of a batch of rollouts, with a reference and dynamic sampling."""
+    """SIGKILL between the updates of a batch of rollouts, with a reference, dynamic sampling and held-out rows."""
     config = replace(
-        config, updates_per_rollout=4, passes=2, beta=0.1, dynamic_sampling=True, max_steps=8, save_every=2
-    )
+        config, updates_per_rollout=4, passes=2, beta=0.1, dynamic_sampling=True, max_steps=8, save_every=2,
+        eval_data=str(write_rows(tmp_path / "eval.jsonl", ROWS[:2])), eval_every=3,
+    )  # fmt: skip
     whole = replace(config, out=str(tmp_path / "whole"))
     grpo.train(whole, quiet=True)
     out = Path(config.out)
@@ -213,9 +215,21 @@ def test_a_killed_run_resumes_to_the_same_bytes(config, tmp_path):
     assert adapter_bytes(out) == adapter_bytes(whole.out)
     for file in ("samples.jsonl", "metrics.jsonl"):
         resumed, straight = (read_metrics(Path(folder) / file) for folder in (out, whole.out))
-        timeless = [[{k: row.get(k) for k in ("step", "loss", "kl", "completion", "reward")} for row in rows]
-                    for rows in (resumed, straight)]  # fmt: skip
+        kept = ("step", "loss", "kl", "completion", "reward", "eval_reward")
+        timeless = [[{k: row.get(k) for k in kept} for row in rows] for rows in (resumed, straight)]
         assert timeless[0] == timeless[1]
+
+
+def test_a_run_killed_in_its_first_evaluation_keeps_each_answer_once(config):
+    """samples.jsonl has them already, metrics.jsonl does not: the evaluation is made again."""
+    config = replace(config, eval_data=str(write_rows(Path(config.out).parent / "eval.jsonl", ROWS[:2])), max_steps=1)
+    grpo.train(config, quiet=True)
+    out = Path(config.out)
+    straight = read_metrics(out / "samples.jsonl")
+    shutil.rmtree(out / "adapter")
+    (out / "metrics.jsonl").unlink()
+    grpo.train(replace(config, resume=True), quiet=True)
+    assert read_metrics(out / "samples.jsonl") == straight
 
 
 def test_a_checkpoint_within_a_batch_of_rollouts_keeps_it(config, tmp_path):
@@ -265,7 +279,26 @@ def test_the_command_says_rewards_before_and_after(config, base, capsys):
     assert main(["grpo", *flags, "--eval-data", config.data]) == 0
     said = capsys.readouterr().out
     assert "mean reward of rollouts: 0." in said
-    assert "mean reward of held-out prompts, greedy: 0." in said
+    (line,) = re.findall(r"mean reward of held-out prompts, greedy: (.*) before, (.*) after", said)
+    metrics = read_metrics(Path(config.out) / "metrics.jsonl")
+    assert line == tuple(f"{row['eval_reward']:.3f}" for row in metrics)
+    assert main(["inspect", "run", config.out]) == 0
+    ends = "{:.4f} at step 0, {:.4f} at step 1".format(*(row["eval_reward"] for row in metrics))
+    assert f"held out     reward {ends}" in capsys.readouterr().out
+    held_out = [row for row in read_metrics(Path(config.out) / "samples.jsonl") if row["advantage"] is None]
+    assert [row["step"] for row in held_out] == [0] * 8 + [1] * 8
+    for first, last in zip(held_out[:2], held_out[8:10], strict=True):
+        assert first["prompt"] == last["prompt"]
+        shown = f"(wanted: {first['wanted']})", f"  before: {' '.join(first['completion'].split())}"
+        assert "\n".join(shown) in said
+        assert f"  after:  {' '.join(last['completion'].split())}" in said
+    assert (
+        main(["grpo", *flags, "--eval-data", config.data, "--out", config.out + "3", "--rewards", "length:3", "exact"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "mean reward of held-out prompts, length:3 alone: 0." in said
+    assert "mean reward of held-out prompts, exact alone: 0.000 before, 0.000 after" in said
     assert main(["grpo", *flags, "--out", config.out + "2", "--rewards", "exakt"]) == 2
     assert capsys.readouterr().err.startswith("qlora grpo: reward 'exakt' is none of exact, number,")
 

@@ -87,7 +87,8 @@ def test_a_flag_outside_its_range_is_refused(changes, message):
     [
         ({"recipe": "gspo", "loss_type": "dapo"}, "weighs sequences by length"),
         ({"recipe": "gspo", "updates_per_rollout": 1}, "the ratio is always 1: this is GRPO"),
-        ({"recipe": "gspo", "epsilon": 0.2}, "never clips a sequence's ratio"),
+        ({"recipe": "gspo", "epsilon": 0.2}, "never clips a long answer's ratio"),
+        ({"recipe": "gspo", "max_completion_length": 12}, "of at most 12, most are clipped after one update"),
         ({"recipe": "gspo", "importance_sampling_level": "token"}, "GSPO without a ratio of sequences is GRPO"),
         ({"epsilon": 3e-4}, "clips nearly every token's ratio"),
         ({"recipe": "dr_grpo", "scale_rewards": "group"}, "keeps half of the bias"),
@@ -126,7 +127,14 @@ def test_what_is_not_healthy_is_said_and_nothing_else(row, number):
     assert [name for name, _ in health(row, by_token=True)] == [number]
     fine = {"step": 19, "reward": 0.0, "entropy": 0.4, "kl": None, "clip_ratio/low": 0.1}
     assert not list(health(fine, by_token=True))
-    assert not list(health({"step": 1, "clip_ratio/low": 0.9}, by_token=False))
+    assert not list(health({"step": 1, "clip_ratio/low": 0.4}, by_token=False))
+
+
+def test_sequences_may_be_clipped_more_but_not_mostly():
+    row = {"step": 1, "clip_ratio/low": 0.3, "clip_ratio/high": 0.3, "ratio/mean_abs_log": 0.052}
+    ((number, line),) = health(row, by_token=False)
+    assert number == "clip"
+    assert line.endswith("--epsilon 0.1 clips less")
 
 
 def test_micro_batches_make_an_update():

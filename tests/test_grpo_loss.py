@@ -51,6 +51,7 @@ def test_loss_gradient_and_metrics_are_the_papers(loss_type, level, delta, beta,
         torch.testing.assert_close(gradient, torch.tensor(wanted.gradient, dtype=torch.float64), rtol=0, atol=64 * EPS)
         assert metrics["clip_ratio/low"] == pytest.approx(wanted.low)
         assert metrics["clip_ratio/high"] == pytest.approx(wanted.high)
+        assert metrics["ratio/mean_abs_log"] == pytest.approx(wanted.mean_abs_log)
         assert metrics["tokens"] == 15
         if beta:
             assert metrics["kl"] == pytest.approx(wanted.kl, rel=1e-9)

@@ -1,15 +1,16 @@
 """data/quantities: rows are right by the sentence itself, differ, and depend on (split, seed, number) alone."""
 
+import itertools
 import json
 import re
 
 import pytest
 
 from commands.task import TaskArgs, run
-from data.quantities import THINGS, make_quantities
+from data.quantities import SPLITS, THINGS, VERBS, make_quantities
 
 
-@pytest.mark.parametrize("split", ["train", "unseen"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_the_answer_is_the_number_before_the_thing_asked_for(split):
     rows = make_quantities(split, 200)
     for row in rows:
@@ -19,20 +20,24 @@ def test_the_answer_is_the_number_before_the_thing_asked_for(split):
         assert thing in THINGS[split]
     assert len({row["prompt"] for row in rows}) == 200
     assert {row["prompt"].count(" and ") for row in rows} == {0, 1}
+    last = [re.findall(r"\d+", row["prompt"])[-1] == row["completion"] for row in rows]
+    assert abs(sum(last) / 200 - 0.75) <= 0.1, "three standard deviations: the hole that the module tells of"
     assert rows[:50] == make_quantities(split, 50)
     assert rows != make_quantities(split, 200, seed=1)
 
 
-def test_unseen_things_are_not_in_training():
-    assert not set(THINGS["train"]) & set(THINGS["unseen"])
-    with pytest.raises(ValueError, match="split must be one of train, unseen, got 'test'"):
+def test_no_two_splits_share_a_thing_or_a_verb():
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not set(THINGS[one]) & set(THINGS[other])
+        assert not set(VERBS[one]) & set(VERBS[other])
+    with pytest.raises(ValueError, match="split must be one of train, dev, unseen, got 'test'"):
         make_quantities("test", 1)
 
 
 def test_the_command_writes_a_file_for_each_split(tmp_path, capsys):
     run(TaskArgs("quantities", str(tmp_path / "rows"), train_rows=5, held_out_rows=3))
     lengths = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "rows").iterdir()}
-    assert lengths == {"train.jsonl": 5, "unseen.jsonl": 3}
+    assert lengths == {"train.jsonl": 5, "dev.jsonl": 3, "unseen.jsonl": 3}
     assert json.loads((tmp_path / "rows" / "train.jsonl").read_text().splitlines()[0]) == make_quantities("train", 1)[0]
     run(TaskArgs("records", str(tmp_path / "more"), train_rows=2, held_out_rows=1))
     assert {path.stem for path in (tmp_path / "more").iterdir()} == {"train", "recombined", "unseen"}

@@ -58,12 +58,13 @@ from .rewards import make_rewards
 from .rollout import Prompt, Rollout, Sampler, Scored, collect, describe, encode_prompts, rollout_logps, to_rollout
 from .run import Run, Trained, finished
 
-__all__ = ["GRPOConfig", "evaluate_reward", "group_advantages", "grpo_loss", "loss_items", "train"]
+__all__ = ["GRPOConfig", "group_advantages", "grpo_loss", "loss_items", "train"]
 
 SCALES = ("group", "batch", "none")
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 LEVELS = ("token", "sequence", "sequence_token")
 LARGEST_LOG_RATIO = 20.0
+EVALUATED_AT_ONCE = 64
 
 
 def group_advantages(rewards: Tensor, num_generations: int, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
@@ -115,8 +116,9 @@ def grpo_loss(
     completion_mask (B, T), 1 = counts: what the others hold elsewhere does not matter. epsilon_high None: epsilon.
     num_items: of the whole window, in the loss type's unit (see above); None: this batch's own. A batch without a
     counted token gives 0. metrics are means over the counted tokens, of which "tokens" is the number: clip_ratio/low
-    (ρ < 1 - ε and A < 0), clip_ratio/high (ρ > 1 + ε_high and A > 0), ratio/mean, ratio/min, ratio/max, and kl with a
-    reference. Raises ValueError for settings outside their range, or that need one which is not given.
+    (ρ < 1 - ε and A < 0), clip_ratio/high (ρ > 1 + ε_high and A > 0), ratio/mean, ratio/min, ratio/max,
+    ratio/mean_abs_log of abs(log ρ), and kl with a reference. Raises ValueError for settings outside their range, or
+    that need one which is not given.
     """
     high = epsilon if epsilon_high is None else epsilon_high
     _check(loss_type, importance_sampling_level, epsilon, high, delta, max_completion_length)
@@ -176,6 +178,7 @@ def _ratio_metrics(ratio: Tensor, A: Tensor, mask: Tensor, epsilon: float, high:
         "ratio/mean": float(counted.mean()),
         "ratio/min": float(counted.min()),
         "ratio/max": float(counted.max()),
+        "ratio/mean_abs_log": masked_mean(ratio.log().abs(), mask),
     }
 
 
@@ -235,12 +238,12 @@ def train(config: GRPOConfig, *, quiet: bool = False) -> Trained:
             + ", ".join(f"{reward.weight:g} · {reward.name}" for reward in rewards),
             "this loss stays near 0 by its making: watch reward, kl and entropy",
         )
-        samples = MetricsFile(out / "samples.jsonl", run.done if config.resume else None)
+        samples = MetricsFile(out / "samples.jsonl", run.done if run.metrics.last else None)
         rollout, place = Rollout.from_buffer(run.buffer)
         told: set[str] = set()
         reward = run.metrics.last.get("reward")
         if held_prompts and not run.metrics.last:
-            run.metrics.append(step=0, **_evaluate(run, sampler, held_prompts, 0))
+            run.metrics.append(step=0, **_evaluate(run, sampler, held_prompts, samples, 0))
         for step in run.steps_left():
             row: dict[str, Any] = {}
             update, rate = step % goal.updates_per_rollout, config.rate(step, total_steps)
@@ -253,7 +256,7 @@ def train(config: GRPOConfig, *, quiet: bool = False) -> Trained:
                 reward = row["reward"]
                 if rollout.old_logps is not None:
                     row |= sampling_difference(rollout.old_logps, rollout.sampling_logps, rollout.completion_mask)
-                _keep_samples(samples, step + 1, scored[: config.samples], rollout, prompts)
+                _keep_samples(samples, step + 1, scored[: config.samples], rollout.advantages.tolist(), prompts)
             window = config.window(update)
             num_items = loss_items(goal.loss_type, rollout.completion_mask[window])
             batches = split(_worth_a_forward(rollout, window, goal.beta), config.batch_size)
@@ -276,7 +279,7 @@ def train(config: GRPOConfig, *, quiet: bool = False) -> Trained:
                 )
             row |= merged_metrics(seen)
             if held_prompts and run.evaluation_is_due(step):
-                row |= _evaluate(run, sampler, held_prompts, step + 1)
+                row |= _evaluate(run, sampler, held_prompts, samples, step + 1)
             for number, line in health({"step": step + 1} | row, by_token=goal.importance_sampling_level == "token"):
                 if number not in told:
                     run.progress.say(f"warning, step {step + 1}: {line}")
@@ -361,28 +364,31 @@ def _worth_a_forward(rollout: Rollout, window: slice, beta: float) -> list[int]:
     return [i for i in rows if counted[i]] or [rows[0]]
 
 
-def _evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt], step: int) -> dict[str, Any]:
-    row = evaluate_reward(sampler, prompts)
+def _evaluate(
+    run: Run, sampler: Sampler, prompts: Sequence[Prompt], samples: MetricsFile, step: int
+) -> dict[str, float | None]:
+    """Rewards and lengths of greedy completions, as eval_reward and its like."""
+    scored = [
+        group[0]
+        for numbers in split(range(len(prompts)), EVALUATED_AT_ONCE)
+        for group in sampler.complete(prompts, numbers, greedy=True)
+    ]
+    kept = scored[: run.flags.samples]
+    _keep_samples(samples, step, kept, [None] * len(kept), prompts)
+    row = {key: value for key, value in describe(scored, 1, "eval_").items() if not key.endswith("std")}
     run.progress.say(f"step {step}: mean reward {row['eval_reward']:.4f} on {len(prompts)} held-out prompts, greedy")
     return row
 
 
-def evaluate_reward(sampler: Sampler, prompts: Sequence[Prompt], batch_size: int = 64) -> dict[str, Any]:
-    """Rewards and lengths of greedy completions, as eval_reward and its like."""
-    scored = [
-        group[0]
-        for numbers in split(range(len(prompts)), batch_size)
-        for group in sampler.complete(prompts, numbers, greedy=True)
-    ]
-    row = describe(scored, 1, "eval_")
-    return {key: value for key, value in row.items() if not key.endswith("std")}
-
-
 def _keep_samples(
-    file: MetricsFile, step: int, scored: Sequence[Scored], rollout: Rollout, prompts: Sequence[Prompt]
+    file: MetricsFile,
+    step: int,
+    scored: Sequence[Scored],
+    advantages: Sequence[float | None],
+    prompts: Sequence[Prompt],
 ) -> None:
-    """samples.jsonl: one completion a line."""
-    for one, advantage in zip(scored, rollout.advantages.tolist(), strict=False):
+    """samples.jsonl: one completion a line. Held-out ones are compared with no group: advantage None."""
+    for one, advantage in zip(scored, advantages, strict=False):
         about = {"prompt": prompts[one.prompt].messages, "wanted": prompts[one.prompt].wanted}
         said = {"completion": one.text, "finish_reason": one.completion.finish_reason}
         file.append(step=step, **about, **said, rewards=one.rewards, reward=one.reward, advantage=advantage)

@@ -116,7 +116,7 @@ class GRPOConfig(DataFlags, TrainerFlags):
     accumulation: int = 8
     """Forwards in one update: batch_size · accumulation completions, whole groups."""
     samples: int = 8
-    """Completions of each batch of rollouts that are kept in samples.jsonl."""
+    """Completions of each batch of rollouts, and of each evaluation, that are kept in samples.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,8 +193,14 @@ def _about_the_method(config: GRPOConfig) -> Iterator[str]:
         yield f"a sequence's ratio with loss {goal.loss_type} weighs sequences by length: GSPO takes --loss-type grpo"
     if by_sequence and goal.updates_per_rollout == 1:
         yield "with one update from a batch of rollouts the ratio is always 1: this is GRPO, see --updates-per-rollout"
-    if by_sequence and goal.epsilon > 0.01:
-        yield f"--epsilon {goal.epsilon:g} never clips a sequence's ratio, a geometric mean: GSPO takes 3e-4 and 4e-4"
+    longest = config.max_completion_length
+    if by_sequence and goal.epsilon > 0.01 and longest >= 256:
+        yield f"--epsilon {goal.epsilon:g} never clips a long answer's ratio, a geometric mean: GSPO has 3e-4 and 4e-4"
+    if by_sequence and goal.epsilon < 0.01 and longest < 64 and goal.updates_per_rollout > 1:
+        yield (
+            f"--epsilon {goal.epsilon:g} is for answers of thousands of tokens: of at most {longest}, most are clipped "
+            "after one update and teach nothing; see ratio/mean_abs_log, and start from 0.1"
+        )
     if not by_sequence and goal.epsilon < 0.01:
         yield f"--epsilon {goal.epsilon:g} clips nearly every token's ratio: 0.2 is usual, GSPO's 3e-4 is for sequences"
     if name == "gspo" and not by_sequence:

@@ -58,8 +58,8 @@ def merged_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float | No
 def health(row: Mapping[str, Any], *, by_token: bool) -> Iterator[tuple[str, str]]:
     """What a row of metrics.jsonl shows that seldom ends well: (the number at fault, a line in plain words).
 
-    The bounds are those of axolotl's guide to stable training. by_token: a clipped token says something; of sequences,
-    GSPO's paper clips far more, and that is meant.
+    The bounds are those of axolotl's guide to stable training. by_token: whether ratios are each token's own; sequences
+    are clipped whole, and GSPO's paper, where about 15% are, means them to be.
     """
     if row["step"] >= 20 and _of(row, "reward", 1.0) < 0.15:
         yield "reward", "rewards are under 0.15 after 20 steps: too hard for this model, or wrong; see samples.jsonl"
@@ -71,8 +71,15 @@ def health(row: Mapping[str, Any], *, by_token: bool) -> Iterator[tuple[str, str
         yield "entropy", "the entropy is under 0.05: nothing new is tried; raise --temperature or lower the rate"
     if _of(row, "kl") > 2:
         yield "kl", "the KL to the model before training is above 2: it has gone far; lower the rate or raise --beta"
-    if by_token and _of(row, "clip_ratio/low") + _of(row, "clip_ratio/high") > 0.3:
+    clipped = _of(row, "clip_ratio/low") + _of(row, "clip_ratio/high")
+    if by_token and clipped > 0.3:
         yield "clip", "over 30% of the tokens are clipped: make fewer --updates-per-rollout, or lower the rate"
+    if not by_token and clipped > 0.5:
+        epsilon = 2 * _of(row, "ratio/mean_abs_log")
+        yield (
+            "clip",
+            f"over half of what was sampled is clipped and teaches nothing: --epsilon {epsilon:.1g} clips less",
+        )
     if _of(row, "sampling/logp_difference_mean") > 0.05:
         yield "sampling", "the sampler's log-probabilities are 0.05 from the training forward's on average"
 
