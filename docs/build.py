@@ -6,6 +6,7 @@ code, and the README's file tree, with a link for each file, is the map. Nothing
 link or anchor that leads nowhere ends the build.
 """
 
+import logging
 import posixpath
 import re
 import shutil
@@ -26,6 +27,7 @@ FILE = re.compile(r"[\w./*-]+\.(?:py|c|h|md|toml|txt)\b|Makefile")
 
 
 def main() -> int:
+    logging.getLogger("mkdocs").addHandler(logging.StreamHandler())  # warnings: which link, in which page
     shutil.rmtree(PAGES, ignore_errors=True)
     files = tracked_files()
     for path in files:
@@ -79,11 +81,14 @@ def write(page: str, text: str) -> None:
 
 
 def with_links(text: str, path: str, files: list[str]) -> str:
-    """The page's text, its links to files of the repository leading to their pages."""
+    """The page's text, its links to files of the repository leading to their pages, those to folders to the map."""
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), match[1]))
-        return relative(page_of(target), page_of(path)) if target in files else match[1]
+        if target in files:
+            return relative(page_of(target), page_of(path))
+        is_folder = any(file.startswith(f"{target}/") for file in files)
+        return relative("map.md", page_of(path)) if is_folder else match[1]
 
     return LINK.sub(link, text)
 

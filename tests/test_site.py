@@ -20,7 +20,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for path, text in {
-        "README.md": "# Start\n\n[page](docs/page.md#part) [code](quant/a.py)\n\n## File tree\n\n"
+        "README.md": "# Start\n\n[page](docs/page.md#part) [code](quant/a.py) [all](kernels/)\n\n## File tree\n\n"
         "```\nquant/a.py   one\nkernels/cpu/        two\n  b.h          three\n```\n",
         "docs/page.md": "# Page\n\n## Part\n\n[start](../README.md), [elsewhere](https://example.org/a.md)\n",
         "docs/log.md": "# Log\n",
@@ -48,6 +48,7 @@ def test_the_site_is_built_and_its_links_lead_somewhere(site: ModuleType) -> Non
     )
     assert 'href="docs/page.html#part"' in index
     assert 'href="quant/a.py.html"' in index
+    assert 'href="map.html">all</a>' in index
     assert 'href="../index.html"' in page
     assert "https://example.org/a.md" in page
     assert "y = x²" in code
