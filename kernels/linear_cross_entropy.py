@@ -12,11 +12,11 @@ again; a chunk is 32 MiB. A row's nll depends on its own x alone, so under a fro
 for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
 head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
 another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
-of a chunk again.
+of a chunk again, which makes four products of torch's three.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,11 +143,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
         chunks = _chunks(len(targets), options.head.weight.shape[0])
         plain = _plain_weight(options.head, options.softcap, hidden)
-        if slope is not None and plain is not None and chunks:
+        lse = None
+        if plain is not None and chunks:
             buffer = empty((chunks[0].stop, len(plain)), plain.dtype, plain.device)
+            lse = torch.empty_like(nll)
             for rows in chunks:
-                outputs = nll[rows], entropy[rows], slope[rows]
-                _plain_chunk(hidden[rows], plain, targets[rows], options, buffer, *outputs)
+                outputs = nll[rows], entropy[rows], lse[rows]
+                dz = _plain_chunk(hidden[rows], plain, targets[rows], options, buffer, *outputs)
+                if slope is not None:
+                    torch.mm(dz, plain, out=slope[rows]).div_(options.temperature)
             chunks = []
         for rows in chunks:
             x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
@@ -160,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 slope[rows] = torch.autograd.grad(z, x, _minus_onehot(logps.exp_(), targets[rows]))[0]
         if slope is None:
-            ctx.save_for_backward(hidden, targets, *head_tensors)
+            ctx.save_for_backward(hidden, targets, lse, *head_tensors)
         else:
             ctx.save_for_backward(slope)
             ctx.dtype = hidden.dtype
@@ -172,7 +176,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.head_is_frozen:
             (slope,) = ctx.saved_tensors
             return (dnll[:, None] * slope).to(ctx.dtype), None, None, *[None] * len(ctx.needs_input_grad[3:])
-        hidden, targets, *head_tensors = ctx.saved_tensors
+        hidden, targets, lse, *head_tensors = ctx.saved_tensors
+        if lse is not None:
+            dx, dW = _plain_gradients(hidden, head_tensors[0], targets, lse, dnll, ctx.options, ctx.needs_input_grad[0])
+            return dx, None, None, dW
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         sources = [hidden, *head_tensors]
         totals = [_wide_zeros(t) if want else None for t, want in zip(sources, wanted, strict=True)]
@@ -198,6 +205,22 @@ def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor |
     return weight.detach() if weight.dtype == hidden.dtype in (torch.float32, torch.float64) else None
 
 
+def _plain_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """x · Wᵀ (m, V), in `buffer`."""
+    z = buffer[: len(x)]
+    for start in range(0, len(weight), VOCABULARY_BLOCK):
+        block = slice(start, start + VOCABULARY_BLOCK)
+        torch.mm(x, weight[block].T, out=z[:, block])
+    return z
+
+
+def _cached_rows(z: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows of z at a time, divided by τ in place."""
+    for start in range(0, len(z), CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        yield rows, z[rows] if temperature == 1.0 else z[rows].div_(temperature)
+
+
 def _plain_chunk(
     x: Tensor,
     weight: Tensor,
@@ -206,25 +229,40 @@ def _plain_chunk(
     buffer: Tensor,
     nll: Tensor,
     entropy: Tensor,
-    slope: Tensor,
-) -> None:
-    """Fill nll (m,), entropy (m,) if it is wanted, and slope = dnll/dx (m, D), with the logits in `buffer`."""
-    z = buffer[: len(x)]
-    for start in range(0, len(weight), VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        torch.mm(x, weight[block].T, out=z[:, block])
-    for start in range(0, len(x), CACHED_ROWS):
-        rows = slice(start, start + CACHED_ROWS)
-        p = z[rows].div_(options.temperature)
-        shifted = p.sub_(p.amax(dim=1, keepdim=True))
+    lse: Tensor,
+) -> Tensor:
+    """p - onehot(target) (m, V), in `buffer`. Fills nll (m,), lse = log Σ e^z (m,), and entropy (m,) where wanted."""
+    z = _plain_logits(x, weight, buffer)
+    for rows, few in _cached_rows(z, options.temperature):
+        largest = few.amax(dim=1, keepdim=True)
+        shifted = few.sub_(largest)
         at_target = shifted.gather(1, targets[rows, None]).view(-1)
         unscaled = (shifted.exp() * shifted).sum(dim=1) if options.with_entropy else None
         total = shifted.exp_().sum(dim=1)
         nll[rows] = total.log() - at_target
+        lse[rows] = total.log() + largest.view(-1)
         if unscaled is not None:
             entropy[rows] = total.log() - unscaled / total
-        _minus_onehot(p.div_(total[:, None]), targets[rows])
-    torch.mm(z, weight, out=slope).div_(options.temperature)
+        _minus_onehot(shifted.div_(total[:, None]), targets[rows])
+    return z
+
+
+def _plain_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, dnll: Tensor, options: _Options, want_dx: bool
+) -> tuple[Tensor | None, Tensor]:
+    """dx = (dz / τ) · W (M, D) if it is wanted, and dW = Σ (dz / τ)ᵀ · x (V, D), each chunk's added by its product."""
+    scale = (dnll / options.temperature)[:, None]  # of a row of dz: taken into x and dx, which are narrow
+    dx, dW = torch.empty_like(hidden) if want_dx else None, torch.zeros_like(weight)
+    chunks = _chunks(len(targets), len(weight))
+    buffer = empty((chunks[0].stop, len(weight)), weight.dtype, weight.device)
+    for chunk in chunks:
+        z = _plain_logits(hidden[chunk], weight, buffer)
+        for rows, few in _cached_rows(z, options.temperature):
+            _minus_onehot(few.sub_(lse[chunk][rows, None]).exp_(), targets[chunk][rows])
+        if dx is not None:
+            torch.mm(z, weight, out=dx[chunk]).mul_(scale[chunk])
+        dW.addmm_(z.T, hidden[chunk] * scale[chunk])
+    return dx, dW
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
     decode.h         all layers of a decoder for one new token a row
     build.py         compiles them into a cache
+    maps.py          the tables by which quantize.h finds a level
     library.py       calls them
     operations.py    registers them as backend "cpu"
     adamw.py         registers the optimizer's step

@@ -12,7 +12,7 @@
 #include "matmul_small.h"
 
 void FOR_ISA(matmul)(const product *p) {
-    if (p->M <= SMALL) {
+    if (p->M <= SMALL && p->K % SMALL_GROUP == 0) {
         few_rows(p);
         return;
     }
