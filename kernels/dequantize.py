@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant import QuantizedTensor
 
+from .buffers import fresh
 from .dispatch import backend_for, implementation, register
 
 CHUNK = 1 << 20  # bytes of codes looked up at a time: bounds the fp32 temporary to 8 MB
@@ -25,7 +26,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
     Raises ValueError when `out` has another shape, is not contiguous, or contradicts `dtype`.
     """
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+        out = fresh(q.shape, dtype or q.dtype, q.device)
     elif tuple(out.shape) != q.shape or not out.is_contiguous() or dtype not in (None, out.dtype):
         raise ValueError(
             f"out must be contiguous, of shape {q.shape} and dtype {dtype or out.dtype}, "

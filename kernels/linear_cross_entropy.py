@@ -12,7 +12,7 @@ again; a chunk is 48 MiB. A row's nll depends on its own x alone, so under a fro
 for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
 head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
 another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
-of a chunk again.
+of a chunk again, which makes four products of torch's three.
 """
 
 import math
@@ -145,11 +145,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
         chunks = _chunks(len(targets), options.head.weight.shape[0])
         plain = _plain_weight(options.head, options.softcap, hidden)
-        if slope is not None and plain is not None and chunks:
+        ctx.plain = plain is not None and bool(chunks)
+        if plain is not None and chunks:
             buffer = empty((chunks[0].stop, len(plain)), plain.dtype, plain.device)
             for rows in chunks:
-                outputs = nll[rows], entropy[rows], slope[rows]
-                _plain_chunk(hidden[rows], plain, targets[rows], options, buffer, *outputs)
+                dz = _plain_logits(hidden[rows], plain, buffer)
+                _softmax_slope(dz, options, targets[rows], nll[rows], entropy[rows] if options.with_entropy else None)
+                if slope is not None:
+                    torch.mm(dz, plain, out=slope[rows]).div_(options.temperature)
             chunks = []
         for rows in chunks:
             x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
@@ -175,6 +178,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return (dnll[:, None] * slope).to(ctx.dtype), None, None, *[None] * len(ctx.needs_input_grad[3:])
         hidden, targets, *head_tensors = ctx.saved_tensors
+        if ctx.plain:
+            with ctx.backend():
+                dx, dW = _plain_gradients(hidden, head_tensors[0], targets, dnll, ctx.options, ctx.needs_input_grad[0])
+            return dx, None, None, dW
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         sources = [hidden, *head_tensors]
         totals = [_wide_zeros(t) if want else None for t, want in zip(sources, wanted, strict=True)]
@@ -200,44 +207,50 @@ def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor |
     return weight.detach() if weight.dtype == hidden.dtype in (torch.float32, torch.float64) else None
 
 
-def _plain_chunk(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    options: _Options,
-    buffer: Tensor,
-    nll: Tensor,
-    entropy: Tensor,
-    slope: Tensor,
-) -> None:
-    """Fill nll (m,), entropy (m,) if it is wanted, and slope = dnll/dx (m, D), with the logits in `buffer`."""
+def _plain_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """x · Wᵀ (m, V), in `buffer`."""
     z = buffer[: len(x)]
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])
-    _softmax_slope(z, options, targets, nll, entropy)
-    torch.mm(z, weight, out=slope).div_(options.temperature)
+    return z
 
 
-def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor) -> None:
+def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor | None) -> None:
     """z (m, V) before the temperature → τ · dnll/dz, in place; fills nll (m,), and entropy (m,) if it is wanted."""
     if asked_backend() in ("auto", "cpu"):
         from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
 
         if elementwise.serves_softmax(z):
-            wanted = entropy if options.with_entropy else None
-            return elementwise.softmax_slope(z, options.temperature, targets, nll, wanted)
+            return elementwise.softmax_slope(z, options.temperature, targets, nll, entropy)
     for start in range(0, len(z), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         p = z[rows].div_(options.temperature)
         shifted = p.sub_(p.amax(dim=1, keepdim=True))
         at_target = shifted.gather(1, targets[rows, None]).view(-1)
-        unscaled = (shifted.exp() * shifted).sum(dim=1) if options.with_entropy else None
+        unscaled = None if entropy is None else (shifted.exp() * shifted).sum(dim=1)
         total = shifted.exp_().sum(dim=1)
         nll[rows] = total.log() - at_target
-        if unscaled is not None:
+        if entropy is not None and unscaled is not None:
             entropy[rows] = total.log() - unscaled / total
         _minus_onehot(p.div_(total[:, None]), targets[rows])
+
+
+def _plain_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dnll: Tensor, options: _Options, want_dx: bool
+) -> tuple[Tensor | None, Tensor]:
+    """dx = (dz / τ) · W (M, D) if it is wanted, and dW = Σ (dz / τ)ᵀ · x (V, D), each chunk's added by its product."""
+    scale = (dnll / options.temperature)[:, None]  # of a row of dz: taken into x and dx, which are narrow
+    dx, dW = torch.empty_like(hidden) if want_dx else None, torch.zeros_like(weight)
+    chunks = _chunks(len(targets), len(weight))
+    buffer = empty((chunks[0].stop, len(weight)), weight.dtype, weight.device)
+    for chunk in chunks:
+        z = _plain_logits(hidden[chunk], weight, buffer)
+        _softmax_slope(z, options, targets[chunk], torch.empty_like(dnll[chunk]), None)
+        if dx is not None:
+            torch.mm(z, weight, out=dx[chunk]).mul_(scale[chunk])
+        dW.addmm_(z.T, hidden[chunk] * scale[chunk])
+    return dx, dW
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:

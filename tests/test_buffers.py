@@ -1,11 +1,13 @@
 """kernels/buffers: a block is used again when its tensor is gone, never before; no more is held than was used."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.buffers import SMALLEST, Buffers, empty, empty_like
+from kernels.buffers import OWN_MAPPING, SMALLEST, Buffers, empty, empty_like, fresh
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the blocks serve Linux alone")
 N = SMALLEST // 4
@@ -61,3 +63,21 @@ def test_a_block_much_larger_than_asked_for_is_not_taken():
     buffers.take(8 * SMALLEST)
     assert len(buffers.take(4 * SMALLEST)) == 4 * SMALLEST
     assert len(buffers.take(SMALLEST)) == SMALLEST
+
+
+def test_a_large_fresh_tensor_asks_for_huge_pages_and_a_small_one_does_not():
+    for numel, asked in ((OWN_MAPPING // 2, True), (1000, False)):
+        x = fresh((numel,), torch.float32, torch.device("cpu"))
+        assert (x.shape, x.dtype) == ((numel,), torch.float32)
+        assert ("hg" in flags_of_mapping(x.data_ptr() + x.nbytes // 2)) == asked
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """VmFlags of the mapping around `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping around {address:x}")

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 import quant
 from kernels import LoRATerm, use_backend
-from kernels.cpu import library
+from kernels.cpu import library, maps
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
@@ -79,9 +79,8 @@ def test_scales_on_a_tie_of_the_8_bit_map_take_the_even_index() -> None:
     ties = ((levels[:-1] + levels[1:]) / 2).float()
     absmax = torch.cat([ties, torch.tensor([1.0, -1.0])])  # their mean is not 0: most are near a tie, not on it
     ours = torch.empty(len(absmax), dtype=torch.uint8), torch.empty(2), torch.empty(())
-    library.load().quantize_absmax(
-        absmax.data_ptr(), len(absmax), quant.dynamic_map().data_ptr(), *(t.data_ptr() for t in ours), 1
-    )
+    second_map = ctypes.byref(maps.map_8bit(signed=True))
+    library.load().quantize_absmax(absmax.data_ptr(), len(absmax), second_map, *(t.data_ptr() for t in ours), 1)
     definition = quant.double_quant.quantize_absmax(absmax, quant.dynamic_map())
     assert all(torch.equal(a, b) for a, b in zip(ours, definition, strict=True))
 

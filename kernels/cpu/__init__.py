@@ -14,6 +14,7 @@
     attention.h      causal attention over whole rows, forward and backward
     decode.h         all layers of a decoder for one new token a row
     build.py         compiles them into a cache
+    maps.py          the tables by which quantize.h finds a level
     library.py       calls them
     operations.py    registers them as backend "cpu"
     adamw.py         registers the optimizer's step

@@ -10,13 +10,6 @@ typedef struct {
    a time: one that also has a page to move (optim/pages.py) takes fewer of them, and none waits for it. */
 enum { STATE_BLOCK = 256, ALONE = 32768 };
 
-/* A map of 256 sorted levels. threshold[i]: the least fp32 that is nearer to level i + 1 than to level i; 255: infinity.
-   first[u]: how many thresholds lie at or below every fp32 whose upper half is u. No such range holds two of them. */
-typedef struct {
-    const float *level, *threshold;
-    const uint8_t *first;
-} state_map;
-
 INLINE void adamw_lanes(vec *p, vec g, vec *m, vec *v, const adamw_step *s) {
     *p *= every(s->decay);
     *m = fma_(every(s->take1), g - *m, *m);
@@ -59,29 +52,23 @@ void FOR_ISA(adamw)(void *p, int p_dtype, const void *g, int g_dtype, float *m, 
     }
 }
 
-INLINE void read_state(const uint8_t *codes, float absmax, const state_map *map, int64_t n, float *out) {
+INLINE void read_state(const uint8_t *codes, float absmax, const map_8bit *map, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) out[i] = map->level[codes[i]] * absmax;
 }
 
 /* Returns the block's absmax; 0 where its inverse is not finite. */
-INLINE float write_state(const float *x, const state_map *map, int64_t n, uint8_t *codes) {
+INLINE float write_state(const float *x, const map_8bit *map, int64_t n, uint8_t *codes) {
     float most = 0;
     for (int64_t i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
     float inverse = 1 / most;
     if (!isfinite(inverse)) most = inverse = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float scaled = x[i] * inverse;
-        uint32_t bits;
-        memcpy(&bits, &scaled, 4);
-        uint8_t code = map->first[bits >> 16];
-        codes[i] = (uint8_t)(code + (scaled >= map->threshold[code]));
-    }
+    for (int64_t i = 0; i < n; i++) codes[i] = nearest_8bit(x[i] * inverse, map);
     return most;
 }
 
 /* codes (n,) and absmax (⌈n/256⌉,) of both moments; map1 is signed, map2 is not. */
 void FOR_ISA(adamw_8bit)(void *p, int p_dtype, const void *g, int g_dtype, uint8_t *codes1, float *absmax1,
-                         uint8_t *codes2, float *absmax2, const state_map *map1, const state_map *map2, int64_t n,
+                         uint8_t *codes2, float *absmax2, const map_8bit *map1, const map_8bit *map2, int64_t n,
                          const adamw_step *s, int threads) {
 #pragma omp parallel for if (n > ALONE) num_threads(threads) schedule(dynamic, ALONE / 2 / STATE_BLOCK)
     for (int64_t block = 0; block < (n + STATE_BLOCK - 1) / STATE_BLOCK; block++) {

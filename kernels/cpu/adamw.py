@@ -6,30 +6,22 @@ depend on the number of threads, nor on where an element lies.
 
 import ctypes
 import math
-from ctypes import c_float, c_void_p
-from functools import lru_cache
+from ctypes import c_float
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant import dynamic_map
-
 from ..adamw import AdamWStep
 from ..dispatch import register
 from .library import DTYPES, load, why_not
+from .maps import map_8bit
 
 
 class Step(ctypes.Structure):
     """adamw.h: adamw_step."""
 
     _fields_ = tuple((name, c_float) for name in ("decay", "take1", "keep2", "take2", "scale2", "eps", "rate"))
-
-
-class StateMap(ctypes.Structure):
-    """adamw.h: state_map."""
-
-    _fields_ = (("level", c_void_p), ("threshold", c_void_p), ("first", c_void_p))
 
 
 def _why_not_adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: AdamWStep) -> str | None:
@@ -77,21 +69,4 @@ def step_numbers(step: AdamWStep) -> Step:
 
 def state_maps() -> list[Any]:
     """Pointers to the maps of both moments, for C."""
-    return [ctypes.byref(StateMap(*(t.data_ptr() for t in state_map(signed)))) for signed in (True, False)]
-
-
-@lru_cache
-def state_map(signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """level fp32 (256,), threshold fp32 (256,), first uint8 (65536,): adamw.h says what they are."""
-    level = dynamic_map(signed)
-    middle = (level[:-1].double() + level[1:].double()) / 2
-    nearest = middle.float()
-    above = torch.nextafter(nearest, torch.tensor(math.inf))
-    upper_is_even = torch.arange(1, 256) % 2 == 0  # a tie goes up
-    enough = (nearest.double() > middle) | ((nearest.double() == middle) & upper_is_even)
-    threshold = torch.cat([torch.where(enough, nearest, above), torch.tensor([math.inf])])
-    halves = torch.arange(65536, dtype=torch.int32)
-    lowest = torch.where(halves < 32768, halves << 16, (halves << 16) | 0xFFFF)  # a negative's largest magnitude
-    least = lowest.to(torch.int32).view(torch.float32)
-    at_or_below = torch.searchsorted(threshold, least, right=True)
-    return level, threshold, at_or_below.masked_fill(least.isnan(), 0).to(torch.uint8)
+    return [ctypes.byref(map_8bit(signed)) for signed in (True, False)]

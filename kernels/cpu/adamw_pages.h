@@ -51,7 +51,7 @@ static int transfer(int file, char *data, int64_t bytes, int64_t place, int out)
     return 0;
 }
 
-static int visit(page_visit *v, int file, const state_map *map1, const state_map *map2) {
+static int visit(page_visit *v, int file, const map_8bit *map1, const map_8bit *map2) {
     double start = seconds_now();
     int error = 0;
     v->stage = BEGUN;
@@ -79,7 +79,7 @@ static int visit(page_visit *v, int file, const state_map *map1, const state_map
 
 /* frames: one for each lane. map1, map2: of the 8-bit spans, if there are any. Returns 0, or errno of the transfer that failed: then no further page is begun. */
 int FOR_ISA(adamw_pages)(page_visit *visits, int64_t n, int file, char *const *frames, int lanes,
-                         const state_map *map1, const state_map *map2) {
+                         const map_8bit *map1, const map_8bit *map2) {
     int error = 0;
 #pragma omp parallel for num_threads(lanes) schedule(dynamic, 1)
     for (int64_t i = 0; i < n; i++) {

@@ -8,7 +8,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Collection
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -44,12 +44,6 @@ class Product(ctypes.Structure):
     )
 
 
-class Nearest(ctypes.Structure):
-    """quantize.h: nearest."""
-
-    _fields_ = (("midpoints", c_float * 8 * 4), ("index", c_int32 * 16))
-
-
 class Library:
     """The functions of one instruction set."""
 
@@ -59,7 +53,7 @@ class Library:
         p, n, i = c_void_p, c_int64, c_int
         signatures = {
             "dequantize": (None, [POINTER(Weight), p, i, i]),
-            "quantize": (c_int, [p, i, n, n, POINTER(Nearest), p, p, i]),
+            "quantize": (c_int, [p, i, n, n, p, p, p, i]),
             "quantize_absmax": (None, [p, n, p, p, p, p, i]),
             "adamw": (None, [p, i, p, i, p, p, n, p, i]),
             "adamw_8bit": (None, [p, i, p, i, p, p, p, p, p, p, n, p, i]),
@@ -150,13 +144,21 @@ def why_not(served: Collection[torch.dtype], *tensors: Tensor, strided: bool = F
 
 def weight(q: QuantizedTensor) -> Weight:
     """Pointers to q's tensors now (sharding may move their storage between two calls), valid as long as q is."""
-    pointers = [None if t is None else t.data_ptr() for t in (getattr(q, name) for name in TENSORS)]
-    return Weight(*pointers, q.numel, q.blocksize.bit_length() - 1, q.blocksize2.bit_length() - 1)
+    first_level = (q.packed.data_ptr(), q.code.data_ptr(), address(q.absmax))
+    second_level = (address(q.absmax_8bit), address(q.absmax_code), address(q.absmax2), address(q.absmax_offset))
+    shifts = (q.blocksize.bit_length() - 1, q.blocksize2.bit_length() - 1)
+    return Weight(*first_level, *second_level, q.numel, *shifts)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def why_not_weight(q: QuantizedTensor) -> str | None:
     """Why C cannot read q, or None. Found once for each q."""
-    if q not in _readable:
+    try:
+        return _readable[q]
+    except KeyError:
         _readable[q] = _why_not_readable(q)
     return _readable[q]
 

@@ -1,59 +1,81 @@
-/* matmul_small.h: forward for 1 to 8 rows, as in decoding. Included by kernels.c alone.
+/* matmul_small.h: forward for 1 to 8 rows, as in decoding, where K is a multiple of 64. Included by kernels.c alone.
 
-   Here decoding the weight is the larger part of the work, so nothing decoded is stored: 32 weights go from bytes into
-   registers and are multiplied with every row at once. With one row the block's scale multiplies the block's sum and
-   not each weight. */
+   Here decoding the weight is the larger part of the work, so nothing decoded is stored: 64 weights go from bytes into
+   registers and are multiplied with every row at once. A scale multiplies its block's sums and not each weight. A row's
+   result is the same to the bit with any other rows beside it. */
 
-enum { SMALL = 8, SMALL_OUT = 32, L1_FLOATS = 4096, AHEAD = 1024 };
+enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 1024 };
 
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
-INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / 32 * 32; }
+INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / SMALL_GROUP * SMALL_GROUP; }
 
-/* Scales of blocks first … first + n - 1. The fields are copied: the compiler cannot know that `scales` overlaps none. */
-INLINE void scales_of(const weight *q, int64_t first, int64_t n, float *scales) {
-    if (q->absmax) {
-        memcpy(scales, q->absmax + first, 4 * (size_t)n);
-        return;
-    }
-    const uint8_t *index = q->absmax_8bit;
-    const float *code = q->absmax_code, offset = *q->absmax_offset;
-    for (int64_t block = first, stop = first + n; block < stop;) {
-        float scale2 = q->absmax2[block >> q->shift2];
-        int64_t end = smaller(stop, ((block >> q->shift2) + 1) << q->shift2);
-        for (; block < end; block++) scales[block - first] = code[index[block]] * scale2 + offset;
+/* Under double quantization, all scales that blocks with one absmax2 can have: 256 of them for 256 blocks, so that a
+   block's scale is one load. */
+typedef struct {
+    int64_t block2;
+    float scale[256];
+} scale_table;
+
+INLINE void fill_table(const weight *q, int64_t block2, scale_table *table) {
+    if (table->block2 == block2) return;
+    const vec absmax2 = every(q->absmax2[block2]), offset = every(*q->absmax_offset);
+    for (int i = 0; i < 256; i += LANES) store(table->scale + i, load(q->absmax_code + i) * absmax2 + offset);
+    table->block2 = block2;
+}
+
+/* acc[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 64 · groups, in lanes. x is [group][m][64], in decode64_mixed's order;
+   first is a multiple of 64. A block's scale is scale[index[block]], or scale[block] where index is NULL. The bytes
+   `ahead` are fetched meanwhile: pieces of rows are too short for the processor to notice where they lead. */
+INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, const uint8_t *index, const float *scale,
+                       const float *x, int64_t groups, int64_t ahead, vec *acc, const int M) {
+    enum { VECS = SMALL_GROUP / LANES, PART = VECS / SCALES_OF_64, HALF = PART / 2 };
+    const int64_t shift = q->shift, block = first >> shift;
+    const uint8_t *packed = q->packed + first / 2;
+    if (index) index += block;
+    else scale += block;
+    for (int64_t group = 0; group < groups; group++, packed += SMALL_GROUP / 2, x += SMALL_GROUP * M) {
+        vec levels[VECS], scales[SCALES_OF_64];
+        __builtin_prefetch(packed + ahead);
+        if (shift >= 6) {
+            int64_t at = group >> (shift - 6);
+            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = every(index ? scale[index[at]] : scale[at]);
+        } else {
+            int64_t at = 2 * group;
+            float one = index ? scale[index[at]] : scale[at], other = index ? scale[index[at + 1]] : scale[at + 1];
+            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = two_scales(one, other, i);
+        }
+        decode64_mixed(packed, code, levels);
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < SCALES_OF_64; i++) {
+                const float *row = x + m * SMALL_GROUP + i * PART * LANES;
+                const vec *level = levels + i * PART;
+                vec one = level[0] * load(row), other = level[HALF] * load(row + HALF * LANES); /* two short chains */
+                for (int j = 1; j < HALF; j++) {
+                    one = fma_(level[j], load(row + j * LANES), one);
+                    other = fma_(level[HALF + j], load(row + (HALF + j) * LANES), other);
+                }
+                acc[m] = fma_(one + other, scales[i], acc[m]);
+            }
     }
 }
 
-/* sums[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 32 · groups. x is [group][m][32], in the order of
-   decode32_mixed; first is a multiple of 32. The bytes `ahead` are fetched meanwhile: pieces of rows are too short for
-   the processor to notice where they lead. */
-INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t groups,
-                    int64_t ahead, float *sums, const int M) {
-    enum { VECS = 32 / LANES };
-    const int64_t per_block = q->shift - 5, start = first >> 5, first_block = first >> q->shift;
-    float scales[L1_FLOATS / 32];
-    vec acc[SMALL][2];
-    scales_of(q, first_block, ((first + 32 * groups - 1) >> q->shift) + 1 - first_block, scales);
-    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){0};
-    const uint8_t *packed = q->packed + (first >> 1);
-    for (int64_t group = 0; group < groups; group++, packed += 16, x += 32 * M) {
-        vec levels[VECS], scale = every(scales[((start + group) >> per_block) - first_block]);
-        __builtin_prefetch(packed + ahead);
-        decode32_mixed(packed, code, levels);
-        if (M == 1) {
-            vec part = levels[0] * load(x);
-            for (int j = 1; j < VECS; j++) part = fma_(levels[j], load(x + j * LANES), part);
-            acc[0][0] = fma_(part, scale, acc[0][0]);
-            continue;
+/* The same for n weights of one row, whose blocks may have several absmax2. */
+INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t n, int64_t ahead,
+                    scale_table *table, vec *sums, const int M) {
+    vec acc[SMALL];
+    for (int m = 0; m < M; m++) acc[m] = sums[m];
+    if (q->absmax) {
+        dot_groups(q, code, first, NULL, q->absmax, x, n / SMALL_GROUP, ahead, acc, M);
+    } else {
+        const int64_t shift = q->shift + q->shift2;
+        for (int64_t i = first, stop = first + n, end; i < stop; i = end) {
+            end = smaller(stop, ((i >> shift) + 1) << shift);
+            fill_table(q, i >> shift, table);
+            dot_groups(q, code, i, q->absmax_8bit, table->scale, x + (i - first) * M, (end - i) / SMALL_GROUP, ahead,
+                       acc, M);
         }
-        for (int j = 0; j < VECS; j++) levels[j] *= scale;
-        for (int m = 0; m < M; m++)
-            for (int j = 0; j < VECS; j++) {
-                int one = M <= 4 ? j % 2 : 0; /* two chains of additions, while there are registers for them */
-                acc[m][one] = fma_(levels[j], load(x + m * 32 + j * LANES), acc[m][one]);
-            }
     }
-    for (int m = 0; m < M; m++) sums[m] += sum_lanes(M <= 4 ? acc[m][0] + acc[m][1] : acc[m][0]);
+    for (int m = 0; m < M; m++) sums[m] = acc[m];
 }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
@@ -66,15 +88,22 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 }
 
 INLINE void few_rows_tile(const product *p, const codebook *code, const float *x, int64_t n0, const int M) {
-    float sums[SMALL_OUT][SMALL] = {{0}}, line[SMALL_OUT];
+    vec sums[SMALL_OUT][SMALL];
+    float line[SMALL_OUT];
+    scale_table table;
+    table.block2 = -1;
     int64_t outputs = smaller(SMALL_OUT, p->N - n0), columns = columns_of(M);
-    int64_t ahead = columns < p->K ? columns / 2 : AHEAD;
-    for (int64_t k = 0; k < p->K; k += columns)
+    for (int64_t n = 0; n < outputs; n++)
+        for (int m = 0; m < M; m++) sums[n][m] = (vec){0};
+    for (int64_t k = 0; k < p->K; k += columns) {
+        int64_t next = k + columns < p->K ? columns : SMALL_OUT * p->K - k; /* these rows' next piece, or other rows */
+        int64_t ahead = columns < p->K ? next / 2 : AHEAD;
         for (int64_t n = 0; n < outputs; n++)
-            dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k) / 32, ahead, sums[n], M);
+            dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k), ahead, &table, sums[n], M);
+    }
     for (int m = 0; m < M; m++) {
         for (int64_t n = 0; n < outputs; n++) {
-            line[n] = sums[n][m];
+            line[n] = sum_lanes(sums[n][m]);
             line[n] += dot(p->low + m * p->r, p->up + (n0 + n) * p->r, p->r);
             if (p->bias) line[n] += p->bias[n0 + n];
         }
@@ -96,11 +125,11 @@ static void few_rows_tile_of(const product *p, const codebook *code, const float
 }
 
 static void few_rows(const product *p) {
-    for (int64_t k = 0; k < p->K; k += 32)
+    for (int64_t k = 0; k < p->K; k += SMALL_GROUP)
         for (int64_t m = 0; m < p->M; m++) {
-            float row[32], *mixed = p->workspace + (k * p->M + m * 32);
-            read_row(p->x, p->dtype, m * p->K + k, 32, row);
-            for (int j = 0; j < 32; j++) mixed[j] = row[MIXED(j)];
+            float row[SMALL_GROUP], *mixed = p->workspace + (k * p->M + m * SMALL_GROUP);
+            read_row(p->x, p->dtype, m * p->K + k, SMALL_GROUP, row);
+            for (int j = 0; j < SMALL_GROUP; j++) mixed[j] = row[MIXED(j)];
         }
     const codebook code = load_codebook(p->q->code);
 #pragma omp parallel for num_threads(p->threads) schedule(static)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import quant
 from quant import QuantizedTensor
-from quant.blockwise import BLOCKSIZES, nearest_table
+from quant.blockwise import BLOCKSIZES
 from quant.codebook import codebook, dynamic_map
 from quant.double_quant import BLOCKSIZE2
 from quant.tensor import shared_map
@@ -26,7 +26,19 @@ from quant.tensor import shared_map
 from ..buffers import empty
 from ..dispatch import register, register_backend
 from ..quantize import FOUR_BIT_TYPES
-from .library import DTYPES, Nearest, Product, load, weight, why_missing, why_not, why_not_weight, workspace
+from .library import (
+    DTYPES,
+    Library,
+    Product,
+    address,
+    load,
+    weight,
+    why_missing,
+    why_not,
+    why_not_weight,
+    workspace,
+)
+from .maps import map_8bit, nearest
 
 GROUP = 32  # weights decoded at once
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
@@ -77,8 +89,8 @@ def quantize_cpu(
     code = shared_map(codebook(quant_type), flat.device)
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
-    lib, nearest, threads = load(), ctypes.byref(_nearest(quant_type)), torch.get_num_threads()
-    arguments = (flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, nearest)
+    lib, tree, threads = load(), ctypes.byref(nearest(quant_type)), torch.get_num_threads()
+    arguments = (flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), blocksize, tree)
     if lib.quantize(*arguments, packed.data_ptr(), absmax.data_ptr(), threads):
         raise ValueError("quantize needs finite weights, found NaN or infinity")
     scales = _double_quantize(absmax) if double_quant else {"absmax": absmax}
@@ -100,7 +112,8 @@ def _double_quantize(absmax: Tensor) -> dict[str, Tensor | None]:
     absmax2 = torch.empty(-(-absmax.numel() // BLOCKSIZE2), dtype=torch.float32)
     offset = torch.empty((), dtype=torch.float32)
     outputs = (absmax_8bit.data_ptr(), absmax2.data_ptr(), offset.data_ptr())
-    load().quantize_absmax(absmax.data_ptr(), absmax.numel(), absmax_code.data_ptr(), *outputs, torch.get_num_threads())
+    second_map = ctypes.byref(map_8bit(signed=True))
+    load().quantize_absmax(absmax.data_ptr(), absmax.numel(), second_map, *outputs, torch.get_num_threads())
     return {
         "absmax": None,
         "absmax_8bit": absmax_8bit,
@@ -108,18 +121,6 @@ def _double_quantize(absmax: Tensor) -> dict[str, Tensor | None]:
         "absmax2": absmax2,
         "absmax_offset": offset,
     }
-
-
-@lru_cache
-def _nearest(quant_type: str) -> Nearest:
-    """quant.blockwise.nearest_table, the midpoints as a search tree."""
-    midpoints, indices = nearest_table(codebook(quant_type))
-    tree = Nearest(index=(ctypes.c_int32 * 16)(*indices.tolist()))
-    padded = [*midpoints.tolist(), *[float("inf")] * (15 - len(midpoints))]  # fp4 and int4 have two zeros
-    for step in range(4):
-        compared = padded[(8 >> step) - 1 :: 16 >> step]  # 7; 3, 11; 1, 5, 9, 13; 0, 2, …
-        tree.midpoints[step][: len(compared)] = compared
-    return tree
 
 
 @register("matmul", "cpu", unless=why_not_product)
@@ -148,10 +149,17 @@ def _product(
     r = 0 if low is None else low.shape[1]
     if bias is not None:
         bias = bias.detach().to(x.dtype).float().contiguous()
-    low, up = (None if t is None else t.float().contiguous() for t in (low, up))
+    if low is not None and up is not None:
+        low, up = low.float().contiguous(), up.float().contiguous()
     lib, threads = load(), torch.get_num_threads()
-    scratch = workspace(lib.workspace_floats(M, N, K, r, threads))
-    optional = [None if t is None else t.data_ptr() for t in (bias, low, up)]
+    scratch = workspace(_workspace_floats(lib, M, N, K, r, threads))
+    optional = (address(bias), address(low), address(up))
     pointers = (x.data_ptr(), y.data_ptr(), DTYPES[x.dtype], *optional, scratch.data_ptr())
     getattr(lib, name)(ctypes.byref(Product(ctypes.pointer(weight(q)), M, N, K, r, *pointers, threads)))
     return y
+
+
+@lru_cache
+def _workspace_floats(lib: Library, M: int, N: int, K: int, r: int, threads: int) -> int:
+    floats: int = lib.workspace_floats(M, N, K, r, threads)
+    return floats

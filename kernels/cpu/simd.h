@@ -4,11 +4,11 @@
    whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma, the root and
    changes of width differ.
 
-   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode32_mixed
-   gives place j the level of weight MIXED(j).
+   decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode64_mixed:
+   32 bytes → 64 levels, in whatever order is cheapest: place j is weight MIXED(j).
      AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
                16 bytes. 4 shuffles look up 32 weights, 8 unpacks put their bytes together again.
-     AVX-512   VPERMPS is a table of 16 floats.
+     AVX-512   VPERMPS is a table of 16 floats; of an index it reads the low nibble, so that a shift is all it asks.
      portable  a table of the 256 pairs that a byte can mean. */
 #ifndef SIMD_H
 #define SIMD_H
@@ -48,11 +48,13 @@ INLINE void store(float *p, vec v) { *(vec_at *)p = v; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec magnitude(vec v) { return (vec)((ivec)v & 0x7fffffff); }
 
-/* In this order on every machine, and whatever the number of threads. */
+/* The upper half added to the lower one, again and again. */
 INLINE float sum_lanes(vec v) {
-    float sum = v[0];
-    for (int i = 1; i < LANES; i++) sum += v[i];
-    return sum;
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) part[j] += part[j + width];
+    return part[0];
 }
 
 #if defined(ISA_AVX512)
@@ -73,11 +75,8 @@ INLINE vec every(float s) { return (vec){s, s, s, s}; }
 INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 #endif
 
-/* table[index] in every lane, of 8 entries, or (take16) of 16. The upper bits of an index must be 0. */
+/* table[index] in every lane, of 8 entries. The upper bits of an index must be 0. */
 #if defined(ISA_AVX512)
-INLINE vec take16(const float *table, ivec index) {
-    return (vec)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
-}
 INLINE vec take8(const float *table, ivec index) {
     __m512 twice = _mm512_broadcast_f32x8(_mm256_loadu_ps(table));
     return (vec)_mm512_permutexvar_ps((__m512i)index, twice);
@@ -86,33 +85,60 @@ INLINE vec take8(const float *table, ivec index) {
 INLINE vec take8(const float *table, ivec index) {
     return (vec)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
 }
-INLINE vec take16(const float *table, ivec index) {
-    return choose(index > 7, take8(table + 8, index), take8(table, index)); /* VPERMPS reads 3 bits of an index */
-}
 #else
-INLINE vec take16(const float *table, ivec index) {
+INLINE vec take8(const float *table, ivec index) {
     vec taken;
     for (int j = 0; j < LANES; j++) taken[j] = table[index[j]];
     return taken;
 }
-INLINE vec take8(const float *table, ivec index) { return take16(table, index); }
 #endif
 
-/* The low byte or the low half of every lane, one after another; and halves, widened. (What compilers make of
-   __builtin_convertvector here takes LANES scalars apart.) */
+/* The larger of each lane. */
 #if defined(ISA_AVX512)
-INLINE void store_low8(uint8_t *p, ivec v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE ivec larger_of(ivec a, ivec b) { return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#elif defined(ISA_AVX2)
+INLINE ivec larger_of(ivec a, ivec b) { return (ivec)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#else
+INLINE ivec larger_of(ivec a, ivec b) {
+    ivec larger = (ivec)(a > b);
+    return (a & larger) | (b & ~larger);
+}
+#endif
+
+/* pack32: 32 lanes of 0 … 15, each replaced by map[lane], as 16 bytes of two: the first in the high nibble. */
+#if defined(ISA_AVX512)
+INLINE void pack32(const ivec *lanes, const uint8_t *map, uint8_t *packed) {
+    __m256i bytes = _mm256_setr_m128i(_mm512_cvtepi32_epi8((__m512i)lanes[0]), _mm512_cvtepi32_epi8((__m512i)lanes[1]));
+    bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)map)), bytes);
+    __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110)); /* 16 · first + second */
+    _mm_storeu_si128((__m128i *)packed, _mm256_cvtepi16_epi8(pairs));
+}
+#elif defined(ISA_AVX2)
+INLINE void pack32(const ivec *lanes, const uint8_t *map, uint8_t *packed) {
+    __m256i first = _mm256_packs_epi32((__m256i)lanes[0], (__m256i)lanes[1]);
+    __m256i bytes = _mm256_packus_epi16(first, _mm256_packs_epi32((__m256i)lanes[2], (__m256i)lanes[3]));
+    bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)map)), bytes);
+    __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110)); /* 16 · first + second */
+    pairs = _mm256_packus_epi16(pairs, pairs); /* 4 weights of each of `lanes` in one half, 4 in the other */
+    _mm_storeu_si128((__m128i *)packed,
+                     _mm_unpacklo_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+#else
+INLINE void pack32(const ivec *lanes, const uint8_t *map, uint8_t *packed) {
+    int32_t level[32];
+    memcpy(level, lanes, sizeof level);
+    for (int i = 0; i < 16; i++) packed[i] = (uint8_t)(map[level[2 * i]] << 4 | map[level[2 * i + 1]]);
+}
+#endif
+
+/* The low half of every lane, one after another; and halves, widened. (What compilers make of __builtin_convertvector
+   here takes LANES scalars apart.) */
+#if defined(ISA_AVX512)
 INLINE void store_low16(uint16_t *p, uvec v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE uvec load_wide16(const uint16_t *p) {
     return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
 }
 #elif defined(ISA_AVX2)
-INLINE void store_low8(uint8_t *p, ivec v) {
-    const __m256i low = _mm256_set1_epi32(0x0c080400);
-    __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low);
-    _mm_storel_epi64((__m128i *)p,
-                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
-}
 INLINE void store_low16(uint16_t *p, uvec v) { /* v holds nothing but low halves: packing would saturate more */
     __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
@@ -121,16 +147,14 @@ INLINE uvec load_wide16(const uint16_t *p) {
     return (uvec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
 }
 #else
-INLINE void store_low8(uint8_t *p, ivec v) {
-    for (int j = 0; j < LANES; j++) p[j] = (uint8_t)v[j];
-}
 INLINE void store_low16(uint16_t *p, uvec v) {
     for (int j = 0; j < LANES; j++) p[j] = (uint16_t)v[j];
 }
 INLINE uvec load_wide16(const uint16_t *p) { return (uvec){p[0], p[1], p[2], p[3]}; }
 #endif
 
-/* codebook: the 16 levels, as the unit looks them up. */
+/* codebook: the 16 levels, as the unit looks them up. two_scales: what part `part` of the 64 levels is multiplied with,
+   of SCALES_OF_64, where the first 32 weights have one scale and the others another. */
 
 #if defined(ISA_AVX512)
 
@@ -150,6 +174,24 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     levels[0] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(first, shift), code->levels);
     levels[1] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(second, shift), code->levels);
 }
+
+/* Dword d holds weights 8d … 8d + 7: a lane of the lower half takes the first four, of the upper half the others. */
+INLINE void decode64_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(16), 1);
+    __m512i index = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)packed));
+    index = _mm512_srlv_epi32(index, half);
+    levels[0] = (vec)_mm512_permutexvar_ps(index, code->levels);
+    levels[1] = (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), code->levels);
+    levels[2] = (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(index, 8), code->levels);
+    levels[3] = (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(index, 12), code->levels);
+}
+#define MIXED(j) ((j) % 8 * 8 + (j) % 16 / 8 * 4 + (j) / 32 * 2 + 1 - (j) / 16 % 2) /* the high nibble comes first */
+
+INLINE vec two_scales(float first, float second, int part) {
+    (void)part; /* every vector has lanes of both */
+    return (vec)_mm512_mask_blend_ps(0xf0f0, (__m512)every(first), (__m512)every(second));
+}
+#define SCALES_OF_64 1
 
 #elif defined(ISA_AVX2)
 
@@ -189,13 +231,20 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     look_up32(_mm256_or_si256(high, _mm256_and_si256(bytes, _mm256_set1_epi16(0x0f00))), code, levels);
 }
 
-/* Cheaper: high nibbles in one half, low ones in the other, so that of every 8 weights the even ones come first. */
-INLINE void decode32_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
-    const __m256i shift = _mm256_setr_epi64x(4, 4, 0, 0);
-    __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    look_up32(_mm256_and_si256(_mm256_srlv_epi64(bytes, shift), _mm256_set1_epi8(0x0f)), code, levels);
+/* Cheaper: no byte moves. The weights of even numbers come first; a lane of 128 bits has 32 weights. */
+INLINE void decode64_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
+    const __m256i nibble = _mm256_set1_epi8(0x0f);
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)packed);
+    look_up32(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), code, levels);
+    look_up32(_mm256_and_si256(bytes, nibble), code, levels + 4);
 }
-#define MIXED(j) ((j) / 8 * 8 + ((j) % 4) * 2 + ((j) % 8) / 4)
+#define MIXED(j) ((j) % 8 / 4 * 32 + (j) / 8 % 4 * 8 + (j) % 4 * 2 + (j) / 32)
+
+INLINE vec two_scales(float first, float second, int part) {
+    (void)part; /* every vector has lanes of both */
+    return (vec)_mm256_blend_ps((__m256)every(first), (__m256)every(second), 0xf0);
+}
+#define SCALES_OF_64 1
 
 #else
 
@@ -218,11 +267,15 @@ INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     for (int i = 0; i < 16; i++) memcpy((float *)levels + 2 * i, code->pair[packed[i]], 8);
 }
 
-#endif
-
-#ifndef MIXED
+INLINE void decode64_mixed(const uint8_t *packed, const codebook *code, vec *levels) {
+    decode32(packed, code, levels);
+    decode32(packed + 16, code, levels + 32 / LANES);
+}
 #define MIXED(j) (j)
-#define decode32_mixed decode32
+
+INLINE vec two_scales(float first, float second, int part) { return every(part ? second : first); }
+#define SCALES_OF_64 2
+
 #endif
 
 #endif

@@ -6,7 +6,7 @@
 What kernels/adamw.py defines, for fp32, bf16 and fp16 parameters and gradients and fp32 or 8-bit state; a bf16 or fp16
 parameter is rounded once. 8-bit: a program has one block of 256 of both moments, decodes them, updates them in fp32,
 takes each block's largest magnitude, and stores the nearest codes. A code is the number of thresholds at or below the
-scaled value, found in 8 steps; state_map says what they are. Everything else is the reference's.
+scaled value, found in 8 steps; map_tables says what they are. Everything else is the reference's.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adamw import STATE_BLOCK, AdamWStep, adamw_8bit_reference, adamw_reference
-from ..cpu.adamw import state_map
+from ..cpu.maps import map_tables
 from ..dispatch import register
 from .launch import EXACT, FLOATS, check_device, on_device_of
 from .lookup import rounded
@@ -128,5 +128,5 @@ def _numbers(step: AdamWStep) -> tuple[float, ...]:
 @lru_cache
 def _map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Levels and thresholds, fp32 (256,) each."""
-    level, threshold, _ = state_map(signed)
+    level, threshold, _ = map_tables(signed)
     return level.to(device), threshold.to(device)
