@@ -8,6 +8,7 @@ the file is loaded: processor time, memory beyond what torch holds, size of file
 
 import importlib.util
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
@@ -45,12 +46,8 @@ def main(argv: list[str]) -> None:
 
 
 def limit(seconds: int, megabytes: int) -> None:
-    """From now on. Where the system knows no such limit (Windows), only the judge's clock stays."""
+    """From now on."""
     sys.addaudithook(_refuse)
-    try:
-        import resource
-    except ImportError:
-        return
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _set(resource.RLIMIT_CPU, int(used) + 1 + seconds, grace=2)  # SIGXCPU, and 2 s later SIGKILL
     _set(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)
@@ -62,8 +59,6 @@ def limit(seconds: int, megabytes: int) -> None:
 
 
 def _set(kind: int, value: int, grace: int = 0) -> None:
-    import resource
-
     hard = resource.getrlimit(kind)[1]
     highest = value + grace if hard == resource.RLIM_INFINITY else min(value + grace, hard)
     resource.setrlimit(kind, (min(value, highest), highest))
