@@ -15,8 +15,9 @@ runs/demo-dpo/result.json keeps it.
 """
 
 import json
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,8 +48,8 @@ MEASURED = {
     "brief": f"answers of at most {brief_task.MOST_WORDS} words",
     "right": "answers that are right",
     "words": "words an answer",
-    "chosen_likelier_a_token": "pairs whose chosen answer is likelier, a token",
-    "implicit_reward_accuracy": "pairs whose chosen answer has the higher reward",
+    "chosen_likelier_a_token": "chosen likelier, per token",
+    "implicit_reward_accuracy": "chosen with the higher reward",
 }
 """What is measured → what it is called on the screen."""
 READ_NEXT = {
@@ -214,19 +215,19 @@ def show_examples(held_out: Mapping[str, Rows], before: Mapping[str, Trial], aft
     table = Table("", "question", "before", "after", "right answer", show_lines=True)
     for split, rows in held_out.items():
         for i, row in enumerate(rows[:3]):
-            texts: Sequence[str] = (before[split].outputs[i][:160], after[split].outputs[i][:160])
+            texts = [textwrap.shorten(trial[split].outputs[i], 90, placeholder=" …") for trial in (before, after)]
             table.add_row(HELD_OUT[split], row["prompt"], *texts, row["answer"])
     Console().print(table, markup=False)
 
 
 def show_numbers(result: Mapping[str, Mapping[str, list[float | None]]], n: int) -> None:
     """Before and after, a line for each thing measured; result: of `compared`, by split."""
-    table = Table(f"of {n} held-out rows each", *(f"{name}: {when}" for name in HELD_OUT.values()
-                                                 for when in ("before", "after")))  # fmt: skip
+    print(f"{f'of {n} held-out rows each':30}" + "".join(f"{name:>25}" for name in HELD_OUT.values()))
+    print(" " * 30 + f"{'before':>15}{'after':>10}" * len(HELD_OUT))
     for name, label in MEASURED.items():
         if name in result["unseen"]:
-            table.add_row(label, *(shown(name, value) for split in HELD_OUT for value in result[split][name]))
-    Console().print(table, markup=False)
+            pairs = (result[split][name] for split in HELD_OUT)
+            print(f"{label:30}" + "".join(f"{shown(name, old):>15}{shown(name, new):>10}" for old, new in pairs))
 
 
 def shown(name: str, value: float | None) -> str:
