@@ -9,9 +9,9 @@ Half of the questions name one thing, half two. Numbers lie between 2 and 59.
     dev        other things and other verbs, to choose settings by; the form of the sentences is the same
     unseen     others again, for the figure that is reported
 
-The last number of the question is right three times in four, so the reward `number`, which takes the last number of an
-answer, has a hole: an answer that repeats the question's numbers gets 75 % of it, in whatever words. With
-`regex:\\D*\\d+\\D*`, one number and no other, beside it, such an answer loses where there are two.
+Half of the questions have one number, so that always giving the first is right three times in four, and so is always
+giving the last: 75 % shows no understanding. The reward `number`, which takes the last number of an answer, is content
+with an answer that repeats both; `regex:\\D*\\d+\\D*` beside it wants one number and no other.
 
 A row {prompt, completion} is a pure function of (split, seed, its number); the completion is the right number alone.
 """

@@ -20,8 +20,9 @@ def test_the_answer_is_the_number_before_the_thing_asked_for(split):
         assert thing in THINGS[split]
     assert len({row["prompt"] for row in rows}) == 200
     assert {row["prompt"].count(" and ") for row in rows} == {0, 1}
-    last = [re.findall(r"\d+", row["prompt"])[-1] == row["completion"] for row in rows]
-    assert abs(sum(last) / 200 - 0.75) <= 0.1, "three standard deviations: the hole that the module tells of"
+    for place in (0, -1):
+        right = [re.findall(r"\d+", row["prompt"])[place] == row["completion"] for row in rows]
+        assert abs(sum(right) / 200 - 0.75) <= 0.1, "what giving the first or the last number scores, within 3 sigma"
     assert rows[:50] == make_quantities(split, 50)
     assert rows != make_quantities(split, 200, seed=1)
 

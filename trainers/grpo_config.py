@@ -198,8 +198,8 @@ def _about_the_method(config: GRPOConfig) -> Iterator[str]:
         yield f"--epsilon {goal.epsilon:g} never clips a long answer's ratio, a geometric mean: GSPO has 3e-4 and 4e-4"
     if by_sequence and goal.epsilon < 0.01 and longest < 64 and goal.updates_per_rollout > 1:
         yield (
-            f"--epsilon {goal.epsilon:g} is for answers of thousands of tokens: of at most {longest}, most are clipped "
-            "after one update and teach nothing; see ratio/mean_abs_log, and start from 0.1"
+            f"--epsilon {goal.epsilon:g} is for answers of thousands of tokens: of at most {longest}, about half are "
+            "clipped after one update and teach nothing; see ratio/mean_abs_log, and start from 0.1"
         )
     if not by_sequence and goal.epsilon < 0.01:
         yield f"--epsilon {goal.epsilon:g} clips nearly every token's ratio: 0.2 is usual, GSPO's 3e-4 is for sequences"
