@@ -4,7 +4,8 @@ A step walks the pages in order. For the elements whose state a page holds it do
 
     p ← p · (1 - lr·λ),   m ← β₁·m + (1-β₁)·g,   v ← β₂·v + (1-β₂)·g²,   p ← p - lr · m̂ / (√v̂ + ε)
 
-(kernels/adamw.py, where t, m̂ and v̂ are), while the next page is on its way (pages.py). The numbers do not depend on
+(kernels/adamw.py, where t, m̂ and v̂ are), while the next page is on its way (pages.py). Where the slow tier is a file
+and C does the step, the processors take a page each instead (kernels/adamw_pages.py). The numbers do not depend on
 budget, page size or prefetch: each element's update reads that element alone (with 8 bits, its block of 256, which lies
 in one page). With 32 bits they are torch.optim.AdamW's: to the bit on the reference backend on a CPU.
 

@@ -15,7 +15,8 @@ An optimizer walks its pages in a circle, 0 … N-1, 0 … N-1. When a frame is 
            one being filled, one being emptied. A page or two more is brought than by Belady's rule, but each has the
            time of all the pages since the one before it. What PagedAdamW takes.
 
-While a page is in use the next `ahead` of those missing are brought. Two frames are enough to overlap work and
+In a `walk`, while a page is in use, the next `ahead` of those missing are brought; `visits` are for one who brings them
+himself. Two frames are enough to overlap work and
 transport, and are the least that this needs. A page is written back only if it was written to, and costs no read
 before it was ever written back: it is zeros.
 """

@@ -1,8 +1,7 @@
 /* adamw_pages.h: one AdamW step on state that lies in pages of a file: kernels/adamw_pages.py. Included by kernels.c.
 
    A lane brings a page, works on it and takes it away while its processor has it in its cache, and waits for no other.
-   All lanes in one call: a thread of Python's that sleeps until it gets the interpreter's lock sleeps as long as a page
-   takes. */
+   All lanes are in one call: with threads of Python's as lanes a step took half as long again (docs/paging.md). */
 
 #include <errno.h>
 #include <time.h>
@@ -77,7 +76,8 @@ static int visit(page_visit *v, int file, const map_8bit *map1, const map_8bit *
     return error;
 }
 
-/* frames: one for each lane. map1, map2: of the 8-bit spans, if there are any. Returns 0, or errno of the transfer that failed: then no further page is begun. */
+/* frames: one for each lane. map1, map2: for 8-bit spans, if there are any. Returns 0, or errno of the transfer that
+   failed: then no further page is begun. */
 int FOR_ISA(adamw_pages)(page_visit *visits, int64_t n, int file, char *const *frames, int lanes,
                          const map_8bit *map1, const map_8bit *map2) {
     int error = 0;
