@@ -26,9 +26,7 @@ from torch import Tensor
 
 SMALLEST = 1 << 19  # bytes: malloc serves what is smaller
 SLACK = 1 / 8  # how much larger than asked for a block may be
-OWN_MAPPING = (
-    1 << 25
-)  # bytes: glibc maps what is larger by itself, and unmaps it, and the advice with it, when it is freed
+OWN_MAPPING = 1 << 25  # bytes: a larger tensor is glibc's own mapping, and what it is advised ends with it
 
 
 class Buffers:

@@ -131,7 +131,10 @@ def a_case(M: int, N: int, K: int, blocksize: int, dtype: torch.dtype, double_qu
         (33, 96, 32, True),
         (97, 320, 64, True),
         (130, 288, 4096, True),
-    ],  # blocks that cross rows too
+        (50, 192, 32, True),
+        (37, 576, 4096, True),
+        (37, 576, 128, False),
+    ],  # blocks that cross rows too; K with and without the kernel for few rows; a second absmax2 from within a row on
 )
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_products_against_float64(M, N, K, blocksize, double_quant, dtype) -> None:
@@ -148,6 +151,15 @@ def test_products_against_float64(M, N, K, blocksize, double_quant, dtype) -> No
     assert_as_accurate_as(plain_x.grad, ours_x.grad, dy.double() @ weight.double())
     with torch.no_grad():
         assert torch.equal(kernels.matmul(x, q, bias), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_have_the_same_results_alone_and_together(dtype: torch.dtype) -> None:
+    q, x, bias, _ = a_case(8, 50, 1088, 64, dtype, True)
+    with torch.no_grad():
+        together = kernels.matmul(x, q, bias)
+        for M in range(1, 8):
+            assert torch.equal(kernels.matmul(x[8 - M :], q, bias), together[8 - M :])
 
 
 @pytest.mark.parametrize("M", [1, 5, 40])

@@ -4,7 +4,7 @@
    registers and are multiplied with every row at once. A scale multiplies its block's sums and not each weight. A row's
    result is the same to the bit with any other rows beside it. */
 
-enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 1024 };
+enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 4096 };
 
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
 INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / SMALL_GROUP * SMALL_GROUP; }
@@ -29,20 +29,19 @@ INLINE void fill_table(const weight *q, int64_t block2, scale_table *table) {
 INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, const uint8_t *index, const float *scale,
                        const float *x, int64_t groups, int64_t ahead, vec *acc, const int M) {
     enum { VECS = SMALL_GROUP / LANES, PART = VECS / SCALES_OF_64, HALF = PART / 2 };
-    const int64_t shift = q->shift, block = first >> shift;
+    const int64_t shift = q->shift - 5;
     const uint8_t *packed = q->packed + first / 2;
-    if (index) index += block;
-    else scale += block;
-    for (int64_t group = 0; group < groups; group++, packed += SMALL_GROUP / 2, x += SMALL_GROUP * M) {
+    int64_t run = first >> 5; /* of 32 weights, which one block has */
+    for (int64_t group = 0; group < groups; group++, packed += SMALL_GROUP / 2, x += SMALL_GROUP * M, run += 2) {
         vec levels[VECS], scales[SCALES_OF_64];
         __builtin_prefetch(packed + ahead);
-        if (shift >= 6) {
-            int64_t at = group >> (shift - 6);
-            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = every(index ? scale[index[at]] : scale[at]);
+        int64_t block = run >> shift;
+        float here = index ? scale[index[block]] : scale[block];
+        if (shift) {
+            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = every(here);
         } else {
-            int64_t at = 2 * group;
-            float one = index ? scale[index[at]] : scale[at], other = index ? scale[index[at + 1]] : scale[at + 1];
-            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = two_scales(one, other, i);
+            float next = index ? scale[index[block + 1]] : scale[block + 1];
+            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = two_scales(here, next, i);
         }
         decode64_mixed(packed, code, levels);
         for (int m = 0; m < M; m++)
