@@ -95,8 +95,8 @@ def test_a_compiled_lora_matmul_is_as_accurate(dtype: torch.dtype, dora: bool, b
 
 
 def test_a_compiled_model_is_one_graph_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 4-bit decoder with adapters: logits equal the tensor operations' to the bit; gradients differ by how dx adds the
-    low-rank share. What runs eagerly in C differs by its roundings."""
+    """A 4-bit decoder with adapters: logits equal the tensor operations' to the bit; gradients differ by how dx adds
+    the low-rank share. What runs eagerly in C differs by its roundings."""
     torch._dynamo.reset()
     model = small_decoder(hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=1)
     quantize_model(model)
