@@ -62,8 +62,8 @@ def test_packed_documents_equal_separate_ones(setting: str) -> None:
     largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         scale = float(parameter.grad.abs().max())
-        if name.endswith("k_proj.bias"):
-            scale = largest  # softmax ignores what all keys have in common: without rope, its gradient is 0
+        if name.endswith("k_proj.bias") or scale < 1e-6 * largest:
+            scale = largest  # a gradient of 0: softmax ignores what all keys have in common, and a window of one all
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-4, atol=1e-4 * scale)
 
 
@@ -125,7 +125,8 @@ def test_recomputation_uses_the_adapters_and_the_backend_of_the_forward(monkeypa
             torch.nn.init.normal_(parameter)
     set_adapter(model, "one")
     ids = torch.randint(0, 96, (1, 12))
-    plain = gradients(model, lambda: loss_of(model, ids))
+    with kernels.use_backend("reference"):
+        plain = gradients(model, lambda: loss_of(model, ids))
     model.gradient_checkpointing = True
     asked: list[str] = []
     matmul = kernels.lora_matmul

@@ -94,8 +94,9 @@ def test_a_compiled_lora_matmul_is_as_accurate(dtype: torch.dtype, dora: bool, b
         assert_as_accurate_as(theirs, mine, value)
 
 
-def test_a_compiled_model_is_one_graph_forward_and_backward() -> None:
-    """A 4-bit decoder with adapters: equal logits to the bit; gradients differ by how dx adds the low-rank share."""
+def test_a_compiled_model_is_one_graph_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 4-bit decoder with adapters: logits equal the tensor operations' to the bit; gradients differ by how dx adds
+    the low-rank share. What runs eagerly in C differs by its roundings."""
     torch._dynamo.reset()
     model = small_decoder(hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=1)
     quantize_model(model)
@@ -110,6 +111,8 @@ def test_a_compiled_model_is_one_graph_forward_and_backward() -> None:
         return logits, torch.autograd.grad(logits.square().mean(), factors)
 
     logits, gradients = run(compiled(model))
+    torch.testing.assert_close((logits, gradients), run(model))
+    monkeypatch.setattr("models.elementwise.one_pass", lambda *_: None)
     expected, plain = run(model)
     assert torch.equal(logits, expected)
     torch.testing.assert_close(gradients, plain)
