@@ -21,16 +21,13 @@
 #include <immintrin.h>
 #define FOR_ISA(name) name##_avx512
 #define LANES 16
-#define TILE_OUT 12
 #elif defined(ISA_AVX2)
 #include <immintrin.h>
 #define FOR_ISA(name) name##_avx2
 #define LANES 8
-#define TILE_OUT 6
 #else
 #define FOR_ISA(name) name##_portable
 #define LANES 4
-#define TILE_OUT 6
 #if defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #endif
