@@ -4,8 +4,8 @@ The base has read English (small_model.py). It is tuned on source code out of th
 comes twice but by chance. The text lies in modules, and no module is on two sides:
 
     train   where the batches come from
-    dev     chooses each arm's learning rate, one run a rate (seed 0)
-    test    what is reported, at that rate, one run for each of SEEDS
+    dev     chooses each arm's learning rate, one run a rate, with the first seed
+    test    what is reported, at that rate, one run for each seed
 
 Every arm has its own best rate of one grid, found by a walk from the same start until the best has a worse neighbour
 on either side. A seed gives the batches and the start of the adapter; all arms see the same batches with the same seed,
@@ -16,7 +16,6 @@ import copy
 import math
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from lora.attach import quantize_model
 from models import Decoder
 
 from .pages import Rows
-from .small_model import FOLDER, LENGTH, fit, small_model, split
+from .small_model import LENGTH, fit, small_model, split, untrained
 from .text import row_losses, rows_of, source
 
 TRAIN = (
@@ -37,7 +36,7 @@ DEV, TEST = ("subprocess", "textwrap"), ("tarfile", "typing", "statistics")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = 3
 SEEDS = (1, 2, 3)
-STEPS, BATCH, ALPHA = 60, 4, 32
+STEPS, BATCH, ALPHA = 50, 4, 32
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ALL = (*ATTENTION, *MLP)
@@ -72,10 +71,13 @@ def task(quick: bool = False) -> Task:
     train, dev, test = (rows_of(source(modules).encode(), LENGTH) for modules in (TRAIN, DEV, TEST))
     old = split()[1]
     if quick:
-        base = small_model(Path(f"{FOLDER}_quick"), steps=2)
-        return Task(base, train, dev[:4], test[:4], old[:4], steps=2, seeds=(1, 2), rates=(1e-3, 1e-2))
-    spread = max(1, len(dev) // 64), max(1, len(test) // 128)
-    return Task(small_model(), train, dev[:: spread[0]][:64], test[:: spread[1]][:128], old)
+        return Task(untrained(), train, dev[:4], test[:4], old[:4], steps=2, seeds=(1, 2), rates=(1e-3, 1e-2))
+    return Task(small_model(), train, some(dev, 32), some(test, 64), some(old, 32))
+
+
+def some(rows: list[list[int]], n: int) -> list[list[int]]:
+    """n of the rows, spread over them."""
+    return rows[:: max(1, len(rows) // n)][:n]
 
 
 def tuned(of: Task, arm: Arm, rate: float, seed: int) -> Decoder:
@@ -93,53 +95,42 @@ def tuned(of: Task, arm: Arm, rate: float, seed: int) -> Decoder:
     return model.eval()
 
 
-def mean_loss(model: Decoder, rows: list[list[int]]) -> float:
-    """Nats a byte."""
-    return float(row_losses(model, rows).mean())
+def measured(of: Task, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+    """The row of one run: nats a byte on each text; of a run that diverged, infinity."""
+    try:
+        model = tuned(of, arm, rate, seed)
+    except ValueError:
+        model = None
+    return _row(of, arm, rate, seed, model)
 
 
-def best_rate(of: Task, arm: Arm) -> tuple[float, list[dict[str, Any]]]:
-    """The rate with the lowest dev loss where neighbours are worse, and a row for each rate tried."""
-    found: dict[int, float] = {}
+def _row(of: Task, arm: Arm, rate: float, seed: int, model: Decoder | None) -> dict[str, Any]:
+    row = {"arm": arm.name, "method": arm.method, "r": arm.r or "", "trained": trained_by(of.base, arm)}
+    texts = {"dev": of.dev, "test": of.test, "old text": of.old}
+    losses = {name: float(row_losses(model, rows).mean()) if model else math.inf for name, rows in texts.items()}
+    return row | {"rate": rate, "seed": seed} | {name: round(loss, 5) for name, loss in losses.items()}
+
+
+def at_best_rate(of: Task, arm: Arm) -> list[dict[str, Any]]:
+    """The rows of the rates tried with the first seed, in order, then of the other seeds at the best of them."""
+    found: dict[int, dict[str, Any]] = {}
     at = min(START, len(of.rates) - 1)
     while True:
         for i in (at - 1, at, at + 1):
             if 0 <= i < len(of.rates) and i not in found:
-                found[i] = _dev_loss(of, arm, of.rates[i])
-        best = min(found, key=found.__getitem__)
+                found[i] = measured(of, arm, of.rates[i], of.seeds[0])
+        best = min(found, key=lambda i: found[i]["dev"])
         if best == at:
             break
         at = best
-    rows = [_row(of, arm, rate=of.rates[i], seed=0, split="dev", loss=found[i], old=math.nan) for i in sorted(found)]
-    return of.rates[at], rows
-
-
-def _dev_loss(of: Task, arm: Arm, rate: float) -> float:
-    try:
-        return mean_loss(tuned(of, arm, rate, 0), of.dev)
-    except ValueError:  # it diverged
-        return math.inf
+    others = [measured(of, arm, of.rates[at], seed) for seed in of.seeds[1:]]
+    return [found[i] for i in sorted(found)] + others
 
 
 def compare(of: Task, arms: tuple[Arm, ...]) -> list[dict[str, Any]]:
     """The base's row, then every run of every arm."""
-    before = _row(
-        of, Arm("base", "none", 0, ()), 0.0, 0, "test", mean_loss(of.base, of.test), mean_loss(of.base, of.old)
-    )
-    rows = [before]
-    for arm in arms:
-        rate, tried = best_rate(of, arm)
-        rows += tried
-        for seed in of.seeds:
-            model = tuned(of, arm, rate, seed)
-            rows.append(_row(of, arm, rate, seed, "test", mean_loss(model, of.test), mean_loss(model, of.old)))
-    return rows
-
-
-def _row(of: Task, arm: Arm, rate: float, seed: int, split: str, loss: float, old: float) -> dict[str, Any]:
-    numbers = {"loss": round(loss, 5), "old text": "" if math.isnan(old) else round(old, 5)}
-    row = {"arm": arm.name, "method": arm.method, "r": arm.r or "", "trained": trained_by(of.base, arm)}
-    return row | {"rate": rate, "seed": seed, "split": split} | numbers
+    base = _row(of, Arm("base", "none", 0, ()), 0.0, 0, of.base)
+    return [base, *(row for arm in arms for row in at_best_rate(of, arm))]
 
 
 def trained_by(base: Decoder, arm: Arm) -> int:
@@ -153,30 +144,32 @@ def trained_by(base: Decoder, arm: Arm) -> int:
     return sum(parameter.numel() for _, parameter in trainable_parameters(model))
 
 
-def tests_of(rows: Rows, arm: str) -> dict[str, dict[str, str]]:
-    """seed → the row on the test text."""
-    return {row["seed"]: row for row in rows if row["arm"] == arm and row["split"] == "test"}
-
-
 def arms_of(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def reported(rows: Rows, arm: str) -> dict[str, dict[str, str]]:
+    """seed → the run at the arm's best rate."""
+    of = [row for row in rows if row["arm"] == arm]
+    first = [row for row in of if row["seed"] == of[0]["seed"]]
+    rate = min(first, key=lambda row: float(row["dev"]))["rate"]
+    return {row["seed"]: row for row in of if row["rate"] == rate}
 
 
 def summary(rows: Rows, against: str) -> list[dict[str, Any]]:
     """A line for each arm: mean over the seeds ± their standard deviation, and the same of its differences."""
     lines = []
     for arm in arms_of(rows):
-        runs = tests_of(rows, arm)
+        runs = reported(rows, arm)
         first = next(iter(runs.values()))
+        is_base = first["method"] == "none"
         lines.append(
             {
                 "arm": arm,
                 "trained": f"{int(first['trained']):,}",
-                "best rate": "" if first["method"] == "none" else f"{float(first['rate']):g}",
-                "test loss": with_spread([float(run["loss"]) for run in runs.values()]),
-                f"minus {against}": ""
-                if first["method"] == "none"
-                else with_spread(differences(rows, arm, against), "+"),
+                "best rate": "" if is_base else f"{float(first['rate']):g}",
+                "test loss": with_spread([float(run["test"]) for run in runs.values()]),
+                f"minus {against}": "" if is_base else with_spread(differences(rows, arm, against), "+"),
                 "loss on the old text": with_spread([float(run["old text"]) for run in runs.values()]),
             }
         )
@@ -185,17 +178,18 @@ def summary(rows: Rows, against: str) -> list[dict[str, Any]]:
 
 def differences(rows: Rows, arm: str, against: str) -> list[float]:
     """Test loss of an arm minus another's, seed by seed."""
-    others = tests_of(rows, against)
-    return [float(run["loss"]) - float(others[seed]["loss"]) for seed, run in tests_of(rows, arm).items()]
+    others = reported(rows, against)
+    return [float(run["test"]) - float(others[seed]["test"]) for seed, run in reported(rows, arm).items()]
 
 
 def tried(rows: Rows) -> list[dict[str, Any]]:
-    """Dev loss of each arm at each rate; a blank where the walk did not come by."""
+    """Dev loss of each arm at each rate, first seed; a blank where the walk did not come by."""
     lines = []
     for arm in arms_of(rows):
-        of = {float(row["rate"]): row["loss"] for row in rows if row["arm"] == arm and row["split"] == "dev"}
-        if of:
-            lines.append({"dev loss": arm} | {f"{rate:g}": of.get(rate, "") for rate in RATES})
+        of = [row for row in rows if row["arm"] == arm and row["method"] != "none"]
+        losses = {float(row["rate"]): row["dev"] for row in reversed(of) if row["seed"] == of[0]["seed"]}
+        if losses:
+            lines.append({"dev loss": arm} | {f"{rate:g}": losses.get(rate, "") for rate in RATES})
     return lines
 
 

@@ -3,8 +3,8 @@
     python -m experiments.formats            (qlora experiment formats)
 
 Formats: NF4; FP4 as bitsandbytes has it; E2M1 and E3M0, the FP4 of the paper's table; symmetric INT4 (k/7); affine
-INT4 (scale and minimum of each block in fp16, as llama.cpp's Q4_1); NF3, NF5. Block sizes 32 to 1024; absmax in 32 bits,
-or double-quantized. Every bit is counted.
+INT4 (scale and minimum of each block in fp16, as llama.cpp's Q4_1); NF3, NF5. Block sizes 32 to 1024; absmax in 32
+bits, or double-quantized. Every bit is counted.
 
 Weights: N(0, 1), which NF4 is made for; a small model trained here, never rounded before; SmolLM2, whose weights come
 from Q4_1 blocks of 32. Those lie on affine INT4's levels exactly, so its figures at 32 on SmolLM2 say nothing.
@@ -13,7 +13,6 @@ from Q4_1 blocks of 32. Those lie on affine INT4's levels exactly, so its figure
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from models import Decoder, load_model, load_tokenizer
 from quant import dequantize, quantize
 
 from .pages import Rows, publish
-from .small_model import FOLDER, small_model, split
+from .small_model import small_model, split, untrained
 from .text import reference, row_losses, rows_of
 
 KINDS = ("gaussian", "small", "smollm2")
@@ -140,7 +139,7 @@ def _row(
     which: str, name: str, blocksize: int | str, bits: float, error: float, losses: Tensor | None = None,
     plain: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """losses, plain: mean nll of each row of text, in this format and in fp32; their differences have a standard error."""
+    """losses, plain: mean nll of each row of text, in this format and in fp32; what is between them has an error."""
     row = {"weights": which, "format": name, "blocksize": blocksize, "bits": round(bits, 4), "error": round(error, 6)}
     if losses is None or plain is None:
         return row | {"perplexity": "", "nll": "", "more nll": "", "standard error": ""}
@@ -156,7 +155,7 @@ def run(which: str, quick: bool) -> list[dict[str, Any]]:
     if which == "gaussian":
         return list(gaussian(64 if quick else 2048, sizes))
     if which == "small":
-        model = small_model(Path(f"{FOLDER}_quick"), steps=2) if quick else small_model()
+        model = untrained() if quick else small_model()
         return list(of_model("small", model, split()[1][: 2 if quick else None], sizes))
     ids = load_tokenizer("smollm2-135m").encode(reference(), parse_special=False)
     rows = rows_of(ids, SMOLLM2_LENGTH, SMOLLM2_ROWS)

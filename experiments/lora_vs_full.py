@@ -10,7 +10,7 @@ Less and Forgets Less" (arXiv 2405.09673): on code and mathematics LoRA stays be
 import argparse
 from typing import Any
 
-from .finetuning import Arm, arms_of, compare, summary, task, tests_of, tried
+from .finetuning import Arm, arms_of, compare, reported, summary, task, tried
 from .pages import Rows, publish
 
 ARMS = (Arm("full", "full", 0, ()), Arm("LoRA", "lora"), Arm("QLoRA", "qlora"))
@@ -32,13 +32,12 @@ def draw(axes: list[Any], rows: Rows) -> None:
     """What is learnt over what is forgotten; dev loss over the rate."""
     learnt, rates = axes
     for arm in arms_of(rows):
-        runs = tests_of(rows, arm).values()
-        learnt.plot([float(r["old text"]) for r in runs], [float(r["loss"]) for r in runs], "o", label=arm)
-        tried_rates = [r for r in rows if r["arm"] == arm and r["split"] == "dev"]
-        if tried_rates:
-            rates.plot(
-                [float(r["rate"]) for r in tried_rates], [float(r["loss"]) for r in tried_rates], "o-", label=arm
-            )
+        runs = reported(rows, arm).values()
+        learnt.plot([float(r["old text"]) for r in runs], [float(r["test"]) for r in runs], "o", label=arm)
+        of = [row for row in rows if row["arm"] == arm]
+        first = [(float(row["rate"]), float(row["dev"])) for row in of if row["seed"] == of[0]["seed"]]
+        if arm != "base":
+            rates.plot(*zip(*first, strict=True), "o-", label=arm)
     learnt.set(xlabel="loss on the old text (English)", ylabel="test loss on the new (source code)")
     rates.set(xlabel="learning rate", ylabel="dev loss", xscale="log")
     for ax in axes:

@@ -1,10 +1,10 @@
-"""What each form of saving memory saves, one on top of the other: planned and measured. docs/experiments/memory_saving.md.
+"""What each form of saving memory saves, planned and measured. docs/experiments/memory_saving.md reads the result.
 
     python -m experiments.memory_saving      (qlora experiment memory_saving)
 
-Each line adds one saving to the line above. The plan is trainers/memory.py's, of Llama-3.1-8B and of a small decoder; on
-the small one, of random weights, an update is run too, and the peak of live tensor bytes counted. What the planner does
-not plan, since no trainer here does it, is a loss over all logits at once:
+Each line adds one saving to the line above. The plan is trainers/memory.py's, of Llama-3.1-8B and of a small decoder;
+on the small one, of random weights, an update is run too, and the peak of live tensor bytes counted. What the planner
+does not plan, since no trainer here does it, is a loss over all logits at once:
 
     whole logits    3 · 4 · M·V bytes in its backward: log-softmax, its gradient, and that of the logits
 

@@ -2,8 +2,8 @@
 
     python -m experiments.rank               (qlora experiment rank)
 
-QLoRA (arXiv 2305.14314) appendix A.1, figure 4: with adapters on every linear layer, r from 8 to 256 makes no difference.
-The update is scaled by alpha / r with one alpha, as there.
+QLoRA (arXiv 2305.14314) appendix A.1, figure 4: with adapters on every linear layer, r from 8 up makes no difference
+(searched to 256). The update is scaled by alpha / r with one alpha, and the rate searched, as there.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 3.4 million parameters, 4 layers of width 256, some minutes on two cores. Kept in runs/experiments/small_model.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,12 @@ def small_model(folder: Path = FOLDER, steps: int = STEPS) -> Decoder:
     if not (folder / "config.json").is_file():
         save_model(trained(steps), folder)
     return load_model(folder, dtype=torch.float32)
+
+
+def untrained() -> Decoder:
+    """One layer of random weights: for trials."""
+    torch.manual_seed(0)
+    return Decoder(replace(CONFIG, num_hidden_layers=1)).eval()
 
 
 def trained(steps: int) -> Decoder:

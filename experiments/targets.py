@@ -2,9 +2,9 @@
 
     python -m experiments.targets            (qlora experiment targets)
 
-QLoRA (arXiv 2305.14314) section 4, figure 2: LoRA on all linear layers is needed to match full fine-tuning, and the usual
-attention projections do not reach it. "LoRA Without Regret" (Thinking Machines, 2025): attention alone is worse at equal
-numbers of parameters too, and the MLP alone is as good as everything.
+QLoRA (arXiv 2305.14314) section 4, figure 2: LoRA on all linear layers is needed to match full fine-tuning; on query
+and value, the usual choice, it does not. "LoRA Without Regret" (Thinking Machines, 2025): attention alone is worse at
+equal numbers of parameters too, and the MLP alone is as good as everything.
 
     all linear r = 32     attention r = 77     query and value r = 154      630,784 parameters each
     MLP r = 55                                                              633,600
@@ -13,7 +13,7 @@ numbers of parameters too, and the MLP alone is as good as everything.
 import argparse
 from typing import Any
 
-from .finetuning import ATTENTION, MLP, Arm, arms_of, compare, differences, summary, task, tests_of, tried
+from .finetuning import ATTENTION, MLP, Arm, arms_of, compare, differences, reported, summary, task, tried
 from .pages import Rows, publish
 
 ARMS = (
@@ -44,7 +44,7 @@ def draw(axes: list[Any], rows: Rows) -> None:
         found = differences(rows, arm, "all linear")
         ax.bar(i, sum(found) / len(found), color="lightsteelblue")
         ax.plot([i] * len(found), found, "k.")
-    labels = [f"{arm}\nr = {next(iter(tests_of(rows, arm).values()))['r']}" for arm in arms]
+    labels = [f"{arm}\nr = {next(iter(reported(rows, arm).values()))['r']}" for arm in arms]
     ax.set(ylabel="test loss minus all linear's, nats a byte", xticks=range(len(arms)), xticklabels=labels)
     ax.grid(alpha=0.3, axis="y")
 
