@@ -1,7 +1,7 @@
 """Fine-tuning the small model on another text: what the experiments targets, rank and lora_vs_full share.
 
-The base has read English (small_model.py). It is tuned on source code out of the standard library, once over: no row
-comes twice but by chance. The text lies in modules, and no module is on two sides:
+The base has read English (small_model.py). It is tuned on source code out of the standard library: rows drawn from
+thousands, so that hardly one comes twice. The text lies in modules, and no module is on two sides:
 
     train   where the batches come from
     dev     chooses each arm's learning rate, one run a rate, with the first seed
@@ -157,7 +157,12 @@ def reported(rows: Rows, arm: str) -> dict[str, dict[str, str]]:
 
 
 def summary(rows: Rows, against: str) -> list[dict[str, Any]]:
-    """A line for each arm: mean over the seeds ± their standard deviation, and the same of its differences."""
+    """A line for each arm: mean over the seeds ± their standard deviation, and the same of its differences.
+
+    gain: what the arm's mean takes from the base's loss, as a share of what `against` takes.
+    """
+    base = statistics.fmean(float(run["test"]) for run in reported(rows, "base").values())
+    whole = base - statistics.fmean(float(run["test"]) for run in reported(rows, against).values())
     lines = []
     for arm in arms_of(rows):
         runs = reported(rows, arm)
@@ -170,6 +175,7 @@ def summary(rows: Rows, against: str) -> list[dict[str, Any]]:
                 "best rate": "" if is_base else f"{float(first['rate']):g}",
                 "test loss": with_spread([float(run["test"]) for run in runs.values()]),
                 f"minus {against}": "" if is_base else with_spread(differences(rows, arm, against), "+"),
+                "gain": "" if is_base else f"{1 - statistics.fmean(differences(rows, arm, against)) / whole:.0%}",
                 "loss on the old text": with_spread([float(run["old text"]) for run in runs.values()]),
             }
         )

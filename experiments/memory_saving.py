@@ -206,7 +206,8 @@ def draw(axes: list[Any], rows: Rows) -> None:
             ax.plot([peak for _, peak in peaks], [i for i, _ in peaks], "kD", markersize=4, label="measured")
         ax.set(title=model, xlabel=name, yticks=at, yticklabels=[row["saving"] for row in of])
         ax.invert_yaxis()
-        ax.legend(fontsize="small", loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[1].legend(handles, labels, fontsize="small", loc="lower right")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def test_the_summary_takes_differences_seed_by_seed() -> None:
     assert (base["test loss"], base["minus a"]) == ("3.0000", "")
     assert (a["test loss"], a["minus a"], a["trained"]) == ("2.0000 ± 1.0000", "+0.0000 ± 0.0000", "1,000")
     assert b["minus a"] == "+0.6000 ± 0.1732"  # of 0.5, 0.5, 0.8
+    assert (a["gain"], b["gain"]) == ("100%", "40%")  # 3 to 2, 3 to 2.6
 
 
 def test_savings_are_planned_one_on_top_of_the_other() -> None:
