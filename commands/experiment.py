@@ -9,15 +9,15 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = {"__init__", "pages", "text", "small_model"}
+SHARED = {"__init__", "pages", "text", "small_model", "finetuning"}
 
 
 @dataclass(frozen=True)
 class ExperimentArgs:
-    """Try a claim of the papers here. Flags of an experiment follow two dashes: experiment formats -- --rows 16."""
+    """Try a claim of the papers here. Flags of an experiment follow two dashes: experiment formats -- --quick."""
 
     name: tyro.conf.Positional[str]
-    """A file of experiments/: formats, bits, merge_drift, …"""
+    """A file of experiments/: formats, rank, memory_saving, …"""
     flags: tyro.conf.Positional[tuple[str, ...]] = ()
     """passed on to the experiment"""
 

@@ -9,6 +9,8 @@
 "counted" is what QuantizedTensor holds for a weight of 4096 × 4096; a mean of 4 bytes a weight comes to it.
 """
 
+import argparse
+
 import torch
 
 from quant import quantize
@@ -24,7 +26,10 @@ def bits_per_weight(blocksize: int, double_quant: bool) -> float:
     return 4 + (8 / blocksize + 32 / (blocksize * 256) if double_quant else 32 / blocksize)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave the page as it is")
+    quick = parser.parse_args(argv).quick
     rows = []
     for blocksize in (32, 64, 128, 256):
         plain, double = (bits_per_weight(blocksize, double) for double in (False, True))
@@ -40,7 +45,7 @@ def main() -> None:
                 **saved,
             }
         )
-    publish("bits", rows, key="blocksize")
+    publish("bits", rows, key="blocksize", quick=quick)
 
 
 if __name__ == "__main__":

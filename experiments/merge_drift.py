@@ -12,6 +12,7 @@ entries, ‖ΔW‖ a share of ‖W‖.
     drift          ‖dequantize(q unmerged) - W‖ / ‖ΔW‖             W the 4-bit weight before the first merge
 """
 
+import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ import kernels
 from models.load import load_weight
 from quant import QuantizedTensor
 
-from .pages import publish
+from .pages import Rows, publish
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 SHARES = (0.003, 0.01, 0.03, 0.1)
@@ -48,9 +49,12 @@ def cycles(q: QuantizedTensor, delta: Tensor) -> Iterator[tuple[float, float]]:
         yield float((merged - before - delta).norm()) / size, float(drift.norm()) / size
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one layer, to see that it runs")
+    quick = parser.parse_args(argv).quick
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in KINDS[:1] if quick else KINDS:
         _, weight = load_weight("smollm2-135m", f"layers.15.{kind}")
         assert isinstance(weight, Tensor), "the built-in model is dense"
         for share in SHARES:
@@ -59,10 +63,24 @@ def main() -> None:
             for cycle, (error, drift) in enumerate(found, start=1):
                 numbers = {"merged error": round(error, 3), "drift": round(drift, 3)}
                 rows.append({"layer": kind, "size of ΔW": share, "cycle": cycle, **numbers})
-    publish("merge_drift", rows, key="layer", draw=draw, panels=1)
+    publish("merge_drift", rows, key="layer", tables=tables, draw=draw, quick=quick)
 
 
-def draw(axes: list[Any], rows: list[dict[str, str]]) -> None:
+def tables(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    """A line for each size of the update: the layers' range, after each cycle."""
+    lines = []
+    for share in SHARES:
+        line = {"‖ΔW‖ / ‖W‖": f"{share:.1%}"}
+        for field in ("merged error", "drift"):
+            for cycle in range(1, CYCLES + 1):
+                of = [r for r in rows if float(r["size of ΔW"]) == share and int(r["cycle"]) == cycle]
+                values = [float(row[field]) for row in of]
+                line[f"{field} {cycle}"] = f"{min(values):.2f} to {max(values):.2f}"
+        lines.append(line)
+    return {"": lines}
+
+
+def draw(axes: list[Any], rows: Rows) -> None:
     """Drift over cycles for each size, the mean of the layers."""
     (ax,) = axes
     for share in SHARES:

@@ -1,8 +1,10 @@
-"""Where an experiment's rows go: docs/experiments/NAME.csv, NAME.png, and the table in NAME.md between its marks.
+"""Where an experiment's rows go: docs/experiments/NAME.csv, NAME.png, and the tables in NAME.md between their marks.
 
-    <!-- table -->  …  <!-- end of table -->
+    <!-- table -->  …  <!-- end of table -->              every row of the CSV
+    <!-- table: error -->  …  <!-- end of table -->       one that the experiment's `tables` makes of the rows
 
-The words of a page are written by hand; its numbers by the command that it names.
+The words of a page are written by hand; the numbers in its tables by the command that it names. A trial (--quick)
+leaves CSV and figure in runs/experiments, and the pages as they are.
 """
 
 import csv
@@ -16,8 +18,12 @@ from typing import Any
 from benchmarks.results import setting
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "experiments"
-MARKS = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
+TRIALS = Path("runs/experiments")
+MARKS = re.compile(r"(<!-- table(?:: (?P<name>[\w ]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 ABOUT = ("commit", "machine", "python", "torch")
+
+Rows = list[dict[str, str]]
+Tables = Callable[[Rows], dict[str, list[dict[str, Any]]]]
 
 
 def publish(
@@ -25,47 +31,67 @@ def publish(
     rows: list[dict[str, Any]],
     *,
     key: str,
-    draw: Callable[[list[Any], list[dict[str, str]]], None] | None = None,
-    panels: int = 3,
+    tables: Tables | None = None,
+    draw: Callable[[list[Any], Rows], None] | None = None,
+    panels: tuple[int, int] = (1, 1),
+    quick: bool = False,
 ) -> None:
-    """Put rows into the CSV in place of those with the same value of `key`, then rewrite table and figure."""
-    PAGES.mkdir(parents=True, exist_ok=True)
+    """Put rows into the CSV in place of those with the same value of `key`, then rewrite tables and figure.
+
+    panels: rows and columns of the figure, whose axes `draw` gets as one list.
+    """
+    folder = TRIALS if quick else PAGES
+    folder.mkdir(parents=True, exist_ok=True)
     replaced = {str(row[key]) for row in rows}
     new = [{field: str(value) for field, value in (row | setting()).items()} for row in rows]
-    all_rows = [row for row in read(name) if row[key] not in replaced] + new
-    _write(PAGES / f"{name}.csv", _csv(all_rows))
-    page = PAGES / f"{name}.md"
+    all_rows = [row for row in read(name, folder) if row[key] not in replaced] + new
+    _write(folder / f"{name}.csv", _csv(all_rows))
+    page = folder / f"{name}.md"
     if page.is_file():
-        _write(page, with_table(page.read_text(encoding="utf-8"), all_rows))
+        _write(page, with_tables(page.read_text(encoding="utf-8"), all_rows, tables))
     if draw is not None:
-        _draw(PAGES / f"{name}.png", all_rows, draw, panels)
+        _draw(folder / f"{name}.png", all_rows, draw, panels)
     for row in new:
         print(", ".join(f"{field} {value}" for field, value in row.items() if field not in ABOUT))
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read(name: str, folder: Path | None = None) -> Rows:
     """The rows of an experiment; none where it has not run."""
-    path = PAGES / f"{name}.csv"
+    path = (folder or PAGES) / f"{name}.csv"
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def with_table(page: str, rows: list[dict[str, str]]) -> str:
-    """The page with the rows between its marks. Raises ValueError where it has none."""
-    columns = [field for field in rows[0] if field not in ABOUT]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row[field] for field in columns) + " |" for row in rows]
+def with_tables(page: str, rows: Rows, tables: Tables | None = None) -> str:
+    """The page with its tables filled, and under the last what they were measured on.
+
+    Raises ValueError where the page has other places for tables than the experiment has tables.
+    """
+    made = tables(rows) if tables else {"": [{k: v for k, v in row.items() if k not in ABOUT} for row in rows]}
+    places = [mark.group("name") or "" for mark in MARKS.finditer(page)]
+    if sorted(places) != sorted(made):
+        raise ValueError(f"an experiment's page must have a place for each of its tables {list(made)}, found {places}")
     measured = sorted({", ".join(f"{field} {row[field]}" for field in ABOUT) for row in rows})
-    text = "\n".join([*lines, "", f"Measured on: {'; '.join(measured)}.", ""])
-    filled, n = MARKS.subn(lambda mark: f"{mark.group(1)}{text}{mark.group(2)}", page)
-    if n != 1:
-        raise ValueError(f"an experiment's page must have one place for its table, found {n}")
-    return filled
+    about = f"\nMeasured on: {'; '.join(measured)}.\n"
+
+    def filled(mark: re.Match[str]) -> str:
+        name = mark.group("name") or ""
+        return f"{mark.group(1)}{markdown(made[name])}{about if name == places[-1] else ''}{mark.group(3)}"
+
+    return MARKS.sub(filled, page)
 
 
-def _csv(rows: list[dict[str, str]]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of rows with the same columns."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _csv(rows: Rows) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -73,15 +99,15 @@ def _csv(rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _draw(path: Path, rows: list[dict[str, str]], draw: Callable[..., None], panels: int) -> None:
+def _draw(path: Path, rows: Rows, draw: Callable[..., None], panels: tuple[int, int]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no figure was drawn: matplotlib is not installed (the extra `plot` has it)")
         return
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    axes = figure.subplots(1, panels)
-    draw(list(axes) if panels > 1 else [axes], rows)
+    high, wide = panels
+    figure = Figure(figsize=(5 * wide, 4 * high), layout="constrained")
+    draw(list(figure.subplots(high, wide, squeeze=False).flat), rows)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)

@@ -3,13 +3,17 @@
 3.4 million parameters, 4 layers of width 256, some minutes on two cores. Kept in runs/experiments/small_model.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from lora import trainable_parameters
 from models import Decoder, DecoderConfig, load_model, save_model
-from optim import PagedAdamW, learning_rate, set_learning_rate
+from optim import PagedAdamW, learning_rate
 from trainers.logprobs import per_token_nll
+from trainers.loop import train_step
 
 from .text import reference, rows_of
 
@@ -49,19 +53,42 @@ def small_model(folder: Path = FOLDER, steps: int = STEPS) -> Decoder:
     return load_model(folder, dtype=torch.float32)
 
 
-def trained(steps: int) -> Decoder:
-    """Next-byte prediction with AdamW, cosine schedule."""
+def untrained() -> Decoder:
+    """One layer of random weights: for trials."""
     torch.manual_seed(0)
-    model = Decoder(CONFIG).train()
-    rows = torch.tensor(split()[0])
-    optimizer = PagedAdamW(model.parameters(), lr=RATE)
-    for step in range(steps):
-        batch = rows[torch.randint(len(rows), (BATCH,))]
-        ones = torch.ones_like(batch)
-        optimizer.zero_grad()
-        per_token_nll(model, batch, ones, ones).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = learning_rate(step, total_steps=steps, peak=RATE, warmup_steps=steps // 20, schedule="cosine")
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
+    return Decoder(replace(CONFIG, num_hidden_layers=1)).eval()
+
+
+def trained(steps: int) -> Decoder:
+    """A new model that has read the reference."""
+    torch.manual_seed(0)
+    model = Decoder(CONFIG)
+    fit(model, split()[0], steps=steps, batch_size=BATCH, rate=RATE)
     return model.eval()
+
+
+def fit(
+    model: Decoder,
+    rows: list[list[int]],
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Next-byte prediction by what requires a gradient: AdamW, 5% warm-up, cosine, clipped at 1.
+
+    generator draws the rows, torch's own where none is given. Raises ValueError when a loss or gradient is not
+    finite (trainers/loop.py).
+    """
+    ids, parameters = torch.tensor(rows), trainable_parameters(model.train())
+    optimizer = PagedAdamW([parameter for _, parameter in parameters], lr=rate)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        ones = torch.ones_like(batch)
+        return per_token_nll(model, batch, ones, ones).mean()
+
+    for step in range(steps):
+        batch = ids[torch.randint(len(ids), (batch_size,), generator=generator)]
+        now = learning_rate(step, total_steps=steps, peak=rate, warmup_steps=steps // 20, schedule="cosine")
+        train_step([batch], loss_of, parameters, optimizer, learning_rate=now, max_grad_norm=1.0)

@@ -1,5 +1,7 @@
 """experiments/: formats that are written there alone, the bits of the paper, pages that say what their rows say."""
 
+import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,15 @@ import torch
 
 import qlora
 from commands.experiment import names
-from experiments import pages
+from experiments import finetuning, lora_vs_full, memory_saving, pages, rank, targets
 from experiments.bits import bits_per_weight
+from experiments.finetuning import Arm, at_best_rate, reported, summary, trained_by
 from experiments.formats import FORMATS, affine_int4
 from experiments.merge_drift import cycles, delta_of
-from experiments.small_model import trained
-from experiments.text import perplexity, reference, rows_of
+from experiments.small_model import CONFIG, trained, untrained
+from experiments.text import perplexity, reference, row_losses, rows_of, source
 from kernels import dequantize, quantize
+from models import Decoder
 
 
 def test_affine_int4_by_hand() -> None:
@@ -69,25 +73,142 @@ def test_text_and_a_small_model_that_learns() -> None:
     assert perplexity(model, held_out) == pytest.approx(float(torch.exp(-logps.mean())), rel=1e-5)
 
 
+def test_formats_of_magnitudes_by_hand() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 32)
+    magnitudes = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    levels = [sign * m / 6 for m in magnitudes for sign in (1, -1)]
+    for row, back in zip(weight.tolist(), FORMATS["FP4 E2M1"](weight, 32).weight.tolist(), strict=True):
+        absmax = max(abs(w) for w in row)
+        wanted = [min(levels, key=lambda level, w=w: abs(level - w / absmax)) * absmax for w in row]
+        assert back == pytest.approx(wanted, abs=1e-6)
+
+
+def test_row_losses_are_the_rows_and_modules_lie_on_one_side() -> None:
+    model = untrained()
+    rows = rows_of(source(finetuning.TEST)[:4096].encode(), 64, 6)
+    each = [math.log(perplexity(model, [row])) for row in rows]
+    assert row_losses(model, rows).tolist() == pytest.approx(each, rel=1e-6)
+    sides = (finetuning.TRAIN, finetuning.DEV, finetuning.TEST)
+    assert len(set().union(*sides)) == sum(map(len, sides))
+
+
+def test_arms_of_equal_size() -> None:
+    base = Decoder(CONFIG)
+    sizes = {arm.name: trained_by(base, arm) for arm in targets.ARMS}
+    assert sizes["all linear"] == sizes["attention"] == sizes["query and value"] == 630_784
+    assert sizes["MLP"] == pytest.approx(630_784, rel=0.005)
+    # r · (in + out) of the seven layers, by hand
+    assert trained_by(base, rank.ARMS[0]) == 4 * (4 * 512 + 3 * (256 + 704))
+    assert trained_by(base, lora_vs_full.ARMS[0]) == sum(p.numel() for p in base.parameters())
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(2, [1, 2, 3, 4]), (3, [2, 3, 4]), (0, [0, 1, 2, 3, 4]), (6, [2, 3, 4, 5, 6])]
+)
+def test_each_arm_walks_to_its_best_rate(best: int, tried: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = finetuning.Task(untrained(), [], [], [], [])
+
+    def measured(of: finetuning.Task, arm: Arm, rate: float, seed: int) -> dict[str, object]:
+        return {"dev": abs(of.rates.index(rate) - best), "rate": rate, "seed": seed, "arm": arm.name}
+
+    monkeypatch.setattr(finetuning, "measured", measured)
+    rows = at_best_rate(task, Arm("any"))
+    assert [task.rates.index(row["rate"]) for row in rows] == [*tried, best, best]
+    assert [row["seed"] for row in rows] == [1] * len(tried) + [2, 3]
+    as_read = [{field: str(value) for field, value in row.items()} for row in rows]
+    assert list(reported(as_read, "any")) == ["1", "2", "3"]
+    assert {row["rate"] for row in reported(as_read, "any").values()} == {str(task.rates[best])}
+
+
+def test_a_run_that_diverges_has_an_infinite_loss_and_no_run_moves_the_base() -> None:
+    task = finetuning.task(quick=True)
+    before = {name: p.clone() for name, p in task.base.named_parameters()}
+    assert finetuning.measured(task, Arm("any", "full"), math.inf, seed=1)["dev"] == math.inf
+    first, again, other = (finetuning.measured(task, Arm("any", "qlora"), 1e-2, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert all(torch.equal(p, before[name]) for name, p in task.base.named_parameters())
+
+
+def test_the_summary_takes_differences_seed_by_seed() -> None:
+    losses = {"base": {"0": 3.0}, "a": {"1": 1.0, "2": 2.0, "3": 3.0}, "b": {"1": 1.5, "2": 2.5, "3": 3.8}}
+    rows = [
+        {"arm": arm, "method": "none" if arm == "base" else "lora", "trained": "1000", "rate": "0.01", "seed": seed}
+        | {"dev": "1.0", "test": str(loss), "old text": "1.0"}
+        for arm, of in losses.items()
+        for seed, loss in of.items()
+    ]
+    base, a, b = summary(rows, "a")
+    assert (base["test loss"], base["minus a"]) == ("3.0000", "")
+    assert (a["test loss"], a["minus a"], a["trained"]) == ("2.0000 ± 1.0000", "+0.0000 ± 0.0000", "1,000")
+    assert b["minus a"] == "+0.6000 ± 0.1732"  # of 0.5, 0.5, 0.8
+    assert (a["gain"], b["gain"]) == ("100%", "40%")  # 3 to 2, 3 to 2.6
+
+
+def test_savings_are_planned_one_on_top_of_the_other() -> None:
+    rows = {
+        model: [row for row in pages.read("memory_saving") if row["model"] == model]
+        for model in ("small", memory_saving.LARGE)
+    }
+    for row in rows["small"]:
+        assert int(row["planned"]) == pytest.approx(int(row["measured"]), rel=0.1), row["saving"]
+    for of in rows.values():
+        assert [row["saving"] for row in of] == [saving.name for saving in memory_saving.SAVINGS]
+        for row in of:
+            assert int(row["planned"]) == sum(int(row[group]) for group in memory_saving.GROUPS)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_experiment_runs_in_a_tiny_setting(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"experiments.{name}")
+    page = (pages.PAGES / f"{name}.csv").read_bytes()
+    module.main(["--quick"])
+    found, committed = pages.read(name, pages.TRIALS), pages.read(name)
+    assert found
+    assert list(found[0]) == list(committed[0])
+    assert f"{next(iter(found[0].values()))}" in capsys.readouterr().out
+    assert (pages.TRIALS / f"{name}.png").is_file() == hasattr(module, "draw")
+    assert (pages.PAGES / f"{name}.csv").read_bytes() == page
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_page_shows_its_rows_and_names_its_command(name: str) -> None:
+    tables = getattr(importlib.import_module(f"experiments.{name}"), "tables", None)
     page = (pages.PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert f"`qlora experiment {name}`" in page
-    assert pages.with_table(page, pages.read(name)) == page, f"qlora experiment {name} rewrites it"
+    assert pages.with_tables(page, pages.read(name), tables) == page, f"qlora experiment {name} rewrites it"
+    assert f"[{name}]({name}.md)" in (pages.PAGES / "README.md").read_text(encoding="utf-8")
+    assert (pages.PAGES / f"{name}.png").is_file() == (f"({name}.png)" in page)
 
 
 def test_publish_replaces_rows_of_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "PAGES", tmp_path)
     (tmp_path / "x.md").write_text("# X\n\n<!-- table -->\n<!-- end of table -->\n")
     pages.publish("x", [{"kind": "a", "n": 1}, {"kind": "b", "n": 2}], key="kind")
-    pages.publish("x", [{"kind": "a", "n": 3}], key="kind", draw=lambda axes, rows: axes[0].plot([1]), panels=1)
+    pages.publish("x", [{"kind": "a", "n": 3}], key="kind", draw=lambda axes, rows: axes[0].plot([1]))
     assert [(row["kind"], row["n"]) for row in pages.read("x")] == [("b", "2"), ("a", "3")]
     assert "| a | 3 |" in (tmp_path / "x.md").read_text()
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="must have one place for its table, found 0"):
-        pages.with_table("# no place", pages.read("x"))
+    with pytest.raises(ValueError, match=r"must have a place for each of its tables \[''\], found \[\]"):
+        pages.with_tables("# no place", pages.read("x"))
+
+
+def test_a_page_with_two_tables_says_once_what_they_were_measured_on() -> None:
+    page = "<!-- table: a b -->\nold\n<!-- end of table -->\nwords\n<!-- table: c -->\n<!-- end of table -->\n"
+    rows = [dict.fromkeys(pages.ABOUT, "x") | {"n": "1"}]
+    filled = pages.with_tables(page, rows, lambda rows: {"c": [{"m": 2}], "a b": [{"n": rows[0]["n"]}]})
+    first, second = filled.split("words")
+    assert "| n |\n|---|\n| 1 |" in first
+    assert "old" not in first
+    assert "Measured" not in first
+    assert "| m |\n|---|\n| 2 |" in second
+    assert "Measured on: commit x" in second
 
 
 def test_an_unknown_experiment_is_one_line(capsys: pytest.CaptureFixture) -> None:
     assert qlora.main(["experiment", "nothing"]) == 2
-    assert "no experiment 'nothing': there are bits, formats, merge_drift" in capsys.readouterr().err
+    assert f"no experiment 'nothing': there are {', '.join(names())}" in capsys.readouterr().err
+    assert names() == ["bits", "formats", "lora_vs_full", "memory_saving", "merge_drift", "rank", "targets"]
