@@ -118,6 +118,7 @@ def test_each_arm_walks_to_its_best_rate(best: int, tried: list[int], monkeypatc
     assert [row["seed"] for row in rows] == [1] * len(tried) + [2, 3]
     as_read = [{field: str(value) for field, value in row.items()} for row in rows]
     assert list(reported(as_read, "any")) == ["1", "2", "3"]
+    assert len(at_best_rate(task, Arm("any"), every_rate=True)) == 3 * len(tried)
     assert {row["rate"] for row in reported(as_read, "any").values()} == {str(task.rates[best])}
 
 
