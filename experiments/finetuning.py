@@ -112,7 +112,7 @@ def _row(of: Task, arm: Arm, rate: float, seed: int, model: Decoder | None) -> d
 
 
 def at_best_rate(of: Task, arm: Arm, every_rate: bool = False) -> list[dict[str, Any]]:
-    """The rows of the rates tried with the first seed, in order, then of the other seeds at the best of them, or all."""
+    """The rows of the rates tried with the first seed, in order, then of the other seeds at the best, or at all."""
     found: dict[int, dict[str, Any]] = {}
     at = min(START, len(of.rates) - 1)
     while True:

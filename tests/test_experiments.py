@@ -193,6 +193,8 @@ def test_publish_replaces_rows_of_one_kind(tmp_path: Path, monkeypatch: pytest.M
     assert [(row["kind"], row["n"]) for row in pages.read("x")] == [("b", "2"), ("a", "3")]
     assert "| a | 3 |" in (tmp_path / "x.md").read_text()
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    pages.publish("x", [{"kind": "a", "m": 4}], key="kind")
+    assert [(row["kind"], row["m"]) for row in pages.read("x")] == [("a", "4")]  # what had other columns is gone
     with pytest.raises(ValueError, match=r"must have a place for each of its tables \[''\], found \[\]"):
         pages.with_tables("# no place", pages.read("x"))
 
