@@ -10,12 +10,13 @@
 """
 
 import argparse
+from typing import Any
 
 import torch
 
 from quant import quantize
 
-from .pages import publish
+from .pages import Rows, publish
 
 SIZES = {"SmolLM2-135M": 106_168_320, "7B": 7e9, "65B": 65e9}
 """Weights in 4 bits: of SmolLM2 its linear layers; of the paper's, all."""
@@ -45,7 +46,20 @@ def main(argv: list[str] | None = None) -> None:
                 **saved,
             }
         )
-    publish("bits", rows, key="blocksize", quick=quick)
+    publish("bits", rows, key="blocksize", draw=draw, quick=quick)
+
+
+def draw(axes: list[Any], rows: Rows) -> None:
+    """Bits a weight over the block size."""
+    (ax,) = axes
+    sizes = [int(row["blocksize"]) for row in rows]
+    for name in ("plain", "double"):
+        ax.plot(sizes, [float(row[name]) for row in rows], marker="o", label=f"scales {name}")
+    ax.set(xlabel="blocksize", ylabel="bits a weight", xscale="log")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def _row(of: Task, arm: Arm, rate: float, seed: int, model: Decoder | None) -> d
     return row | {"rate": rate, "seed": seed} | {name: round(loss, 5) for name, loss in losses.items()}
 
 
-def at_best_rate(of: Task, arm: Arm) -> list[dict[str, Any]]:
-    """The rows of the rates tried with the first seed, in order, then of the other seeds at the best of them."""
+def at_best_rate(of: Task, arm: Arm, every_rate: bool = False) -> list[dict[str, Any]]:
+    """The rows of the rates tried with the first seed, in order, then of the other seeds at the best, or at all."""
     found: dict[int, dict[str, Any]] = {}
     at = min(START, len(of.rates) - 1)
     while True:
@@ -123,14 +123,15 @@ def at_best_rate(of: Task, arm: Arm) -> list[dict[str, Any]]:
         if best == at:
             break
         at = best
-    others = [measured(of, arm, of.rates[at], seed) for seed in of.seeds[1:]]
+    again = sorted(found) if every_rate else [at]
+    others = [measured(of, arm, of.rates[i], seed) for i in again for seed in of.seeds[1:]]
     return [found[i] for i in sorted(found)] + others
 
 
-def compare(of: Task, arms: tuple[Arm, ...]) -> list[dict[str, Any]]:
+def compare(of: Task, arms: tuple[Arm, ...], every_rate: bool = False) -> list[dict[str, Any]]:
     """The base's row, then every run of every arm."""
     base = _row(of, Arm("base", "none", 0, ()), 0.0, 0, of.base)
-    return [base, *(row for arm in arms for row in at_best_rate(of, arm))]
+    return [base, *(row for arm in arms for row in at_best_rate(of, arm, every_rate))]
 
 
 def trained_by(base: Decoder, arm: Arm) -> int:

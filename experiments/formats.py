@@ -218,14 +218,15 @@ def draw(axes: list[Any], rows: Rows) -> None:
         ax.set(title=which, xlabel="bits a weight", ylabel="nll more than fp32, nats")
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    axes[2].legend(fontsize="small")
     axes[3].legend()
 
 
 def _curves(ax: Any, rows: Rows, which: str, field: str) -> None:
     for i, name in enumerate(FORMATS):
         of = [row for row in rows if row["weights"] == which and row["format"] == name and row[field]]
-        if of:
+        of = [row for row in of if float(row[field]) or field != "error"]  # 0 has no place on a log scale
+        if of and name not in ("FP4, double", "INT4, double"):  # as NF4's: the same height, further left
             bits, values = [float(row["bits"]) for row in of], [float(row[field]) for row in of]
             ax.plot(bits, values, marker="o", markersize=3, color=f"C{i}" if i < 10 else "black", label=name)
 

@@ -10,7 +10,7 @@ Less and Forgets Less" (arXiv 2405.09673): on code and mathematics LoRA stays be
 import argparse
 from typing import Any
 
-from .finetuning import Arm, arms_of, compare, reported, summary, task, tried
+from .finetuning import RATES, Arm, arms_of, compare, reported, summary, task, tried, with_spread
 from .pages import Rows, publish
 
 ARMS = (Arm("full", "full", 0, ()), Arm("LoRA", "lora"), Arm("QLoRA", "qlora"))
@@ -20,26 +20,36 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two steps a run, to see that it runs")
     quick = parser.parse_args(argv).quick
-    rows = compare(task(quick), ARMS)
+    rows = compare(task(quick), ARMS, every_rate=True)
     publish("lora_vs_full", rows, key="arm", tables=tables, draw=draw, panels=(1, 2), quick=quick)
 
 
 def tables(rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    return {"arms": summary(rows, "full"), "rates": tried(rows)}
+    return {"arms": summary(rows, "full"), "rates": tried(rows), "tests": by_rate(rows)}
+
+
+def by_rate(rows: Rows) -> list[dict[str, Any]]:
+    """Test loss of each arm at each rate, mean ± standard deviation over the seeds."""
+    lines = []
+    for arm in arms_of(rows)[1:]:
+        losses = {
+            rate: [float(r["test"]) for r in rows if r["arm"] == arm and float(r["rate"]) == rate] for rate in RATES
+        }
+        lines.append({"test loss": arm} | {f"{rate:g}": with_spread(of) if of else "" for rate, of in losses.items()})
+    return lines
 
 
 def draw(axes: list[Any], rows: Rows) -> None:
-    """What is learnt over what is forgotten; dev loss over the rate."""
+    """What is learnt over what is forgotten, at the best rate; test loss over the rate."""
     learnt, rates = axes
     for arm in arms_of(rows):
         runs = reported(rows, arm).values()
         learnt.plot([float(r["old text"]) for r in runs], [float(r["test"]) for r in runs], "o", label=arm)
-        of = [row for row in rows if row["arm"] == arm]
-        first = [(float(row["rate"]), float(row["dev"])) for row in of if row["seed"] == of[0]["seed"]]
+        of = [(float(row["rate"]), float(row["test"])) for row in rows if row["arm"] == arm]
         if arm != "base":
-            rates.plot(*zip(*first, strict=True), "o-", label=arm)
+            rates.plot(*zip(*of, strict=True), "o", label=arm)
     learnt.set(xlabel="loss on the old text (English)", ylabel="test loss on the new (source code)")
-    rates.set(xlabel="learning rate", ylabel="dev loss", xscale="log")
+    rates.set(xlabel="learning rate", ylabel="test loss", xscale="log")
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend()

@@ -89,7 +89,7 @@ def draw(axes: list[Any], rows: Rows) -> None:
             of = [row for row in rows if float(row["size of ΔW"]) == share and int(row["cycle"]) == cycle]
             means.append(sum(float(row["drift"]) for row in of) / len(of))
         ax.plot(range(1, CYCLES + 1), means, marker="o", label=f"‖ΔW‖ = {share:.1%} of ‖W‖")
-    ax.set(xlabel="merged and unmerged", ylabel="drift / ‖ΔW‖", yscale="log", xticks=range(1, CYCLES + 1))
+    ax.set(xlabel="merged and unmerged", ylabel="drift / ‖ΔW‖", ylim=0, xticks=range(1, CYCLES + 1))
     ax.grid(alpha=0.3)
     ax.legend()
 

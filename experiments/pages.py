@@ -38,13 +38,15 @@ def publish(
 ) -> None:
     """Put rows into the CSV in place of those with the same value of `key`, then rewrite tables and figure.
 
-    panels: rows and columns of the figure, whose axes `draw` gets as one list.
+    Old rows with other columns are dropped: another version of the experiment wrote them. panels: rows and columns of
+    the figure, whose axes `draw` gets as one list.
     """
     folder = TRIALS if quick else PAGES
     folder.mkdir(parents=True, exist_ok=True)
     replaced = {str(row[key]) for row in rows}
     new = [{field: str(value) for field, value in (row | setting()).items()} for row in rows]
-    all_rows = [row for row in read(name, folder) if row[key] not in replaced] + new
+    old = [row for row in read(name, folder) if list(row) == list(new[0]) and row[key] not in replaced]
+    all_rows = old + new
     _write(folder / f"{name}.csv", _csv(all_rows))
     page = folder / f"{name}.md"
     if page.is_file():

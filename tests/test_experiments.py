@@ -118,6 +118,7 @@ def test_each_arm_walks_to_its_best_rate(best: int, tried: list[int], monkeypatc
     assert [row["seed"] for row in rows] == [1] * len(tried) + [2, 3]
     as_read = [{field: str(value) for field, value in row.items()} for row in rows]
     assert list(reported(as_read, "any")) == ["1", "2", "3"]
+    assert len(at_best_rate(task, Arm("any"), every_rate=True)) == 3 * len(tried)
     assert {row["rate"] for row in reported(as_read, "any").values()} == {str(task.rates[best])}
 
 
@@ -192,6 +193,8 @@ def test_publish_replaces_rows_of_one_kind(tmp_path: Path, monkeypatch: pytest.M
     assert [(row["kind"], row["n"]) for row in pages.read("x")] == [("b", "2"), ("a", "3")]
     assert "| a | 3 |" in (tmp_path / "x.md").read_text()
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    pages.publish("x", [{"kind": "a", "m": 4}], key="kind")
+    assert [(row["kind"], row["m"]) for row in pages.read("x")] == [("a", "4")]  # what had other columns is gone
     with pytest.raises(ValueError, match=r"must have a place for each of its tables \[''\], found \[\]"):
         pages.with_tables("# no place", pages.read("x"))
 
