@@ -4,7 +4,7 @@
    the place of the matrix that is packed on the way: here it is decoded on the way, a tile at a time, into the cache.
 
      for every OUT outputs and ROWS rows of x (in parallel; each thread has its own tile of the weight):
-       for every REDUCE steps of the reduction: decode the tile, panels of PANEL outputs: [panel][step][output];
+       for every STEPS of the reduction: decode the tile, panels of PANEL outputs: [panel][step][output];
          for every TILE_ROWS rows of x, copied side by side, and every panel:
            TILE_ROWS · 2 accumulators in registers; each step loads 2 vectors of the tile, broadcasts TILE_ROWS of x
        low-rank terms go on as further reduction steps, over `low` and `up`
@@ -97,7 +97,7 @@ INLINE void copy_up_tile(const product *p, int64_t j0, int64_t outputs, int64_t 
 }
 
 /* y[i][j] (+)= Σ_t x[i][t] · w[t][j]: `rows` rows, PANEL outputs. The sum starts from 0 each time: summing in pieces of
-   REDUCE loses fewer digits than one long sum. */
+   STEPS loses fewer digits than one long sum. */
 INLINE void multiply(const float *x, const float *w, int64_t steps, float *y, int64_t y_step, int add, const int rows) {
     vec sum[TILE_ROWS][2];
 #pragma GCC unroll 12
@@ -179,16 +179,16 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
     const void *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
     const int64_t y_step = p->dtype == FP32 ? all_outputs : OUT;
     float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
-    for (int64_t t = 0; t < length; t += REDUCE) {
-        int64_t steps = smaller(REDUCE, length - t);
+    for (int64_t t = 0; t < length; t += STEPS) {
+        int64_t steps = smaller(STEPS, length - t);
         if (backward)
             decode_tile_dx(p, code, j0, outputs, t, steps, tile);
         else
             decode_tile(p, code, j0, outputs, t, steps, tile);
         multiply_tile(x, p->dtype, length, t, steps, rows, tile, outputs, y, y_step, t > 0);
     }
-    for (int64_t t = 0; t < p->r; t += REDUCE) {
-        int64_t steps = smaller(REDUCE, p->r - t);
+    for (int64_t t = 0; t < p->r; t += STEPS) {
+        int64_t steps = smaller(STEPS, p->r - t);
         copy_up_tile(p, j0, outputs, t, steps, tile, backward);
         multiply_tile(p->low + row0 * p->r, FP32, p->r, t, steps, rows, tile, outputs, y, y_step, 1);
     }

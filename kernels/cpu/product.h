@@ -19,8 +19,8 @@ enum {
     TILE_ROWS = LANES == 16 ? 12 : 6, /* rows of x in registers at a time, of 2 vectors of outputs each */
     THIRD = TILE_ROWS / 3,
     PANEL = 2 * LANES,       /* outputs side by side */
-    REDUCE = LANES == 4 ? 32 : 288, /* steps of the reduction at a time: TILE_ROWS rows of x stay in the L1 cache; few
-                                       where each step may round twice, for want of a fused multiply-add */
+    REDUCE = 288,            /* steps of the reduction that lie together: TILE_ROWS rows of x stay in the L1 cache */
+    STEPS = LANES == 4 ? 32 : REDUCE, /* steps summed at a time: few where each may round twice, for want of an fma */
     OUT = 192,               /* outputs a tile, where there are enough of them */
     ROWS = 512,              /* rows of x that share a decoded tile */
     X_STEP = REDUCE + 16,    /* between rows that lie side by side: not a power of two, or they would share cache sets */
