@@ -188,10 +188,11 @@ def _errors(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _perplexities(rows: Rows) -> list[dict[str, Any]]:
-    """Where a perplexity was measured."""
+    """Those that were measured on smollm2, and the same of small; the CSV has the others of small."""
     lines = []
     for row in rows:
-        if row["perplexity"]:
+        shown = row["format"] == "fp32" or has_perplexity("smollm2", row["format"], int(row["blocksize"]))
+        if row["perplexity"] and shown:
             more = (
                 "" if row["format"] == "fp32" else f"{float(row['more nll']):.4f} ± {float(row['standard error']):.4f}"
             )
