@@ -9,7 +9,7 @@ import torch
 
 import qlora
 from lora import LinearNF4, count_parameters, trainable_parameters
-from models import Decoder, save_model
+from models import Decoder, DecoderConfig, save_model
 from models.well_known import WELL_KNOWN
 from optim import PagedAdamW
 from trainers.memory import Setup, largest, largest_batch, largest_model, longest_sequence, plan, plan_of_model
@@ -106,8 +106,9 @@ def test_torch_adamw_state_is_the_bytes_held() -> None:
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "orpo", "grpo"])
 def test_qlora_never_needs_more_than_lora(trainer: str) -> None:
-    """On a GPU too, where a 4-bit weight is made dense for a moment."""
-    for config in WELL_KNOWN.values():
+    """On a GPU too, where a 4-bit weight is made dense for a moment; and for a model of one layer of width 64."""
+    smallest = DecoderConfig(512, 64, 4096, 1, 4, 4, 16, 2048, tie_word_embeddings=True)
+    for config in (smallest, *WELL_KNOWN.values()):
         for dtype in ("bf16", "fp32"):
             setup = Setup(trainer=trainer, dtype=dtype, on_gpu=True, batch_size=8)
             totals = [plan(config, dataclasses.replace(setup, method=m)).total for m in ("qlora", "lora", "full")]
