@@ -219,7 +219,7 @@ def draw(axes: list[Any], rows: Rows) -> None:
         ax.set(title=which, xlabel="bits a weight", ylabel="nll more than fp32, nats")
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[2].legend(fontsize="small")
+    axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize="small")
     axes[3].legend()
 
 
