@@ -10,7 +10,7 @@ Less and Forgets Less" (arXiv 2405.09673): on code and mathematics LoRA stays be
 import argparse
 from typing import Any
 
-from .finetuning import RATES, Arm, arms_of, compare, reported, summary, task, tried, with_spread
+from .finetuning import RATES, Arm, arms_of, compare, summary, task, tried, with_spread
 from .pages import Rows, publish
 
 ARMS = (Arm("full", "full", 0, ()), Arm("LoRA", "lora"), Arm("QLoRA", "qlora"))
@@ -40,14 +40,14 @@ def by_rate(rows: Rows) -> list[dict[str, Any]]:
 
 
 def draw(axes: list[Any], rows: Rows) -> None:
-    """What is learnt over what is forgotten, at the best rate; test loss over the rate."""
+    """What is learnt over what is forgotten, and over the rate: every run."""
     learnt, rates = axes
-    for arm in arms_of(rows):
-        runs = reported(rows, arm).values()
-        learnt.plot([float(r["old text"]) for r in runs], [float(r["test"]) for r in runs], "o", label=arm)
-        of = [(float(row["rate"]), float(row["test"])) for row in rows if row["arm"] == arm]
-        if arm != "base":
-            rates.plot(*zip(*of, strict=True), "o", label=arm)
+    for arm in arms_of(rows)[1:]:
+        of = [row for row in rows if row["arm"] == arm]
+        loss = [float(row["test"]) for row in of]
+        learnt.plot([float(row["old text"]) for row in of], loss, "o", label=arm)
+        rates.plot([float(row["rate"]) for row in of], loss, "o", label=arm)
+    learnt.plot(float(rows[0]["old text"]), float(rows[0]["test"]), "k*", markersize=10, label="base")
     learnt.set(xlabel="loss on the old text (English)", ylabel="test loss on the new (source code)")
     rates.set(xlabel="learning rate", ylabel="test loss", xscale="log")
     for ax in axes:
