@@ -219,14 +219,8 @@ def draw(axes: list[Any], rows: Rows) -> None:
         ax.set(title=which, xlabel="bits a weight", ylabel="nll more than fp32, nats")
     for ax in axes:
         ax.grid(alpha=0.3)
-<<<<<<< HEAD
-    for ax in (axes[2], axes[3]):
-        if ax.get_legend_handles_labels()[0]:  # a trial measures one kind of weights
-            ax.legend(fontsize="small")
-=======
     axes[2].legend(*axes[0].get_legend_handles_labels(), fontsize="small")
     axes[3].legend()
->>>>>>> experiments
 
 
 def _curves(ax: Any, rows: Rows, which: str, field: str) -> None:
