@@ -55,44 +55,51 @@ INLINE void transpose(const float *rows, int64_t row_step, float *columns) {
     for (int i = 0; i < LANES; i++) store(columns + i * PANEL, a[i]);
 }
 
-/* Ŵ for outputs j0 … and reduction indices t0 …, where a row of Ŵ is an output: decoded LANES rows at a time. */
+/* Ŵ for outputs j0 … and reduction indices t0 …, where a row of Ŵ is an output: LANES rows at a time, so that a level of
+   each fills a vector in the order in which the tile has them. Rows beyond the last repeat it; nobody reads them. */
 INLINE void decode_tile(const product *p, const codebook *code, int64_t j0, int64_t outputs, int64_t t0, int64_t steps,
                         float *tile) {
-    float rows[LANES * X_STEP];
     for (int64_t j = 0; j < outputs; j += LANES) {
-        for (int64_t i = 0; i < LANES; i++)
-            if (j + i < outputs)
-                decode_span(p->q, code, (j0 + j + i) * p->K + t0, steps, rows + i * X_STEP);
-            else
-                memset(rows + i * X_STEP, 0, 4 * (size_t)steps);
-        float *panel = tile + j / PANEL * REDUCE * PANEL + j % PANEL;
-        for (int64_t t = 0; t < steps; t += LANES) transpose(rows + t, X_STEP, panel + t * PANEL);
+        float *panel = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL, scale[LANES];
+        int64_t first[LANES];
+        for (int i = 0; i < LANES; i++) first[i] = (j0 + smaller(j + i, outputs - 1)) * p->K;
+        for (int64_t t = t0; t < t0 + steps; t += 32) {
+            const uint8_t *row[LANES];
+            if (t == t0 || t % 64 == 0 || p->K % 64 || p->q->shift < 6) /* else no row is in another block */
+                for (int i = 0; i < LANES; i++) scale[i] = block_scale(p->q, (first[i] + t) >> p->q->shift);
+            for (int i = 0; i < LANES; i++) row[i] = p->q->packed + (first[i] + t) / 2;
+            vec scales = load(scale);
+            uvec eight[4];
+            dwords_of(row, eight);
+            for (int d = 0; d < 4; d++)
+#pragma GCC unroll 8
+                for (int e = 0; e < 8; e++, panel += PANEL) /* the high nibble comes first */
+                    store(panel, look_up(code, eight[d] >> (e / 2 * 8 + 4 - e % 2 * 4)) * scales);
+        }
     }
-}
-
-/* Numbers of one reduction step → its place in every panel. */
-INLINE void place(const float *line, int64_t outputs, float *tile) {
-    for (int64_t j = 0; j < outputs; j += PANEL, tile += REDUCE * PANEL)
-        memcpy(tile, line + j, 4 * (size_t)smaller(PANEL, outputs - j));
 }
 
 /* The same where a row of Ŵ is a reduction step. */
 INLINE void decode_tile_dx(const product *p, const codebook *code, int64_t j0, int64_t outputs, int64_t t0,
                            int64_t steps, float *tile) {
-    float line[OUT];
-    for (int64_t t = 0; t < steps; t++) {
-        decode_span(p->q, code, (t0 + t) * p->K + j0, outputs, line);
-        place(line, outputs, tile + t * PANEL);
-    }
+    for (int64_t t = 0; t < steps; t++)
+        for (int64_t j = 0, first = (t0 + t) * p->K + j0; j < outputs; j += 32) {
+            vec levels[32 / LANES], scales = every(block_scale(p->q, (first + j) >> p->q->shift));
+            decode32(p->q->packed + (first + j) / 2, code, levels);
+            for (int v = 0; v < 32 / LANES; v++) {
+                int64_t at = j + v * LANES;
+                store(tile + at / PANEL * TILE_STEPS * PANEL + t * PANEL + at % PANEL, levels[v] * scales);
+            }
+        }
 }
 
+/* Steps t0 … of `up`, as steps of a tile. */
 INLINE void copy_up_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile,
                          const int backward) {
-    float line[OUT];
-    for (int64_t t = 0; t < steps; t++) {
-        for (int64_t j = 0; j < outputs; j++)
-            line[j] = p->up[backward ? (t0 + t) * p->K + j0 + j : (j0 + j) * p->r + t0 + t];
-        place(line, outputs, tile + t * PANEL);
+    for (int64_t j = 0; j < outputs; j++) {
+        float *at = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL;
+        for (int64_t t = 0; t < steps; t++)
+            at[t * PANEL] = p->up[backward ? (t0 + t) * p->K + j0 + j : (j0 + j) * p->r + t0 + t];
     }
 }
 
@@ -144,21 +151,43 @@ INLINE void fetch(const char *at, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-/* y (rows, outputs) (+)= x[…][t0 … t0 + steps] · tile, x of `length` columns. */
-INLINE void multiply_tile(const void *x, int dtype, int64_t length, int64_t t0, int64_t steps, int64_t rows,
-                          const float *tile, int64_t outputs, float *y, int64_t y_step, int add) {
-    const int64_t size = dtype == FP32 ? 4 : 2;
+/* Columns t0 … of `rows` rows, which are `length` long, side by side. */
+INLINE void copy_columns(const void *x, int dtype, int64_t length, int64_t t0, int64_t steps, int64_t rows, float *out) {
+    for (int64_t i = 0; i < rows; i++, out += X_STEP) {
+        const int64_t at = i * length + t0;
+        int64_t t = 0;
+        if (dtype == FP32) /* memcpy takes long to start */
+            for (; t + LANES <= steps; t += LANES) store(out + t, load((const float *)x + at + t));
+        read_row(x, dtype, at + t, steps - t, out + t);
+    }
+}
+
+/* Rows of x that meet a tile: columns t0 … t0 + steps of x, then columns low0 … of `low`. */
+typedef struct {
+    const void *x;
+    int dtype;
+    int64_t length, t0, steps;
+    const float *low;
+    int64_t r, low0, low_steps;
+} columns;
+
+/* y (rows, outputs) (+)= these columns · tile. */
+INLINE void multiply_tile(const columns *c, int64_t rows, const float *tile, int64_t outputs, float *y, int64_t y_step,
+                          int add) {
+    const int64_t size = c->dtype == FP32 ? 4 : 2, steps = c->steps + c->low_steps;
     float x_tile[TILE_ROWS * X_STEP];
     for (int64_t row = 0; row < rows; row += TILE_ROWS) {
         int64_t here = smaller(TILE_ROWS, rows - row), next = row + here;
-        for (int64_t i = 0; i < here; i++) read_row(x, dtype, (row + i) * length + t0, steps, x_tile + i * X_STEP);
+        const char *x = (const char *)c->x + row * c->length * size;
+        copy_columns(x, c->dtype, c->length, c->t0, c->steps, here, x_tile);
+        copy_columns(c->low + row * c->r, FP32, c->r, c->low0, c->low_steps, here, x_tile + c->steps);
         for (int64_t j = 0; j < outputs; j += PANEL) {
-            const float *panel = tile + j * REDUCE;
+            const float *panel = tile + j * TILE_STEPS;
             float *at = y + row * y_step + j;
             if (add)
                 for (int64_t i = 0; i < here; i++) fetch((const char *)(at + i * y_step), 4 * PANEL);
             for (int64_t i = 0; i < THIRD && next < rows && next < row + 2 * TILE_ROWS; i++, next++)
-                fetch((const char *)x + (next * length + t0) * size, steps * size);
+                fetch((const char *)c->x + (next * c->length + c->t0) * size, c->steps * size);
             if (here % THIRD || outputs - j < PANEL)
                 multiply_edge(x_tile, panel, steps, at, y_step, add, here, smaller(PANEL, outputs - j));
             else
@@ -179,18 +208,23 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
     const void *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
     const int64_t y_step = p->dtype == FP32 ? all_outputs : OUT;
     float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
-    for (int64_t t = 0; t < length; t += STEPS) {
-        int64_t steps = smaller(STEPS, length - t);
+    columns c = {x, p->dtype, length, 0, 0, p->low + row0 * p->r, p->r, 0, 0};
+    for (; c.t0 < length; c.t0 += c.steps) {
+        c.steps = smaller(STEPS, length - c.t0);
         if (backward)
-            decode_tile_dx(p, code, j0, outputs, t, steps, tile);
+            decode_tile_dx(p, code, j0, outputs, c.t0, c.steps, tile);
         else
-            decode_tile(p, code, j0, outputs, t, steps, tile);
-        multiply_tile(x, p->dtype, length, t, steps, rows, tile, outputs, y, y_step, t > 0);
+            decode_tile(p, code, j0, outputs, c.t0, c.steps, tile);
+        if (c.t0 + c.steps == length && p->r <= ROOM) {
+            c.low_steps = p->r;
+            copy_up_tile(p, j0, outputs, 0, p->r, tile + c.steps * PANEL, backward);
+        }
+        multiply_tile(&c, rows, tile, outputs, y, y_step, c.t0 > 0);
     }
-    for (int64_t t = 0; t < p->r; t += STEPS) {
-        int64_t steps = smaller(STEPS, p->r - t);
-        copy_up_tile(p, j0, outputs, t, steps, tile, backward);
-        multiply_tile(p->low + row0 * p->r, FP32, p->r, t, steps, rows, tile, outputs, y, y_step, 1);
+    for (c.steps = 0, c.low0 = c.low_steps; c.low0 < p->r; c.low0 += c.low_steps) {
+        c.low_steps = smaller(STEPS, p->r - c.low0);
+        copy_up_tile(p, j0, outputs, c.low0, c.low_steps, tile, backward);
+        multiply_tile(&c, rows, tile, outputs, y, y_step, 1);
     }
     if (p->bias) add_bias(y, y_step, rows, outputs, p->bias + j0);
     if (p->dtype != FP32)
@@ -198,25 +232,30 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
             write_row(sums + i * OUT, outputs, p->y, p->dtype, (row0 + i) * all_outputs + j0);
 }
 
-/* Outputs of a task: fewer where the threads would else have less than two tasks each. A multiple of PANEL, and of the
-   32 weights decoded at once. */
-static int64_t outputs_of_task(int64_t all_outputs, int64_t M, int threads) {
-    const int64_t sizes[] = {OUT, OUT / 2, 32}, row_blocks = (M + ROWS - 1) / ROWS;
-    int i = 0;
-    while (i < 2 && (all_outputs + sizes[i] - 1) / sizes[i] * row_blocks < 2 * threads) i++;
-    return sizes[i];
+/* Outputs of a task: where the thread with most tasks has least to do. A multiple of PANEL, and of the 32 weights
+   decoded at once; each task reads x, as if that were EXTRA outputs more. */
+static int64_t outputs_of_task(int64_t all_outputs, int64_t row_blocks, int threads) {
+    enum { EXTRA = 8 };
+    int64_t best = OUT, least = INT64_MAX;
+    for (int64_t width = OUT; width >= 32; width -= 32) {
+        int64_t tasks = (all_outputs + width - 1) / width * row_blocks, turns = (tasks + threads - 1) / threads;
+        if (turns * (width + EXTRA) < least) least = turns * (width + EXTRA), best = width;
+    }
+    return best;
 }
 
 INLINE void many_rows(const product *p, const int backward) {
-    const int64_t all_outputs = backward ? p->K : p->N, width = outputs_of_task(all_outputs, p->M, p->threads);
+    const int64_t row_blocks = (p->M + ROWS - 1) / ROWS, all_outputs = backward ? p->K : p->N;
+    const int64_t rows = ((p->M + row_blocks - 1) / row_blocks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t width = outputs_of_task(all_outputs, row_blocks, p->threads);
 #pragma omp parallel num_threads(p->threads)
     {
         const codebook code = load_codebook(p->q->code);
         float *tile = p->workspace + THREAD * floats_per_thread(smaller(p->M, ROWS)), *sums = tile + TILE_FLOATS;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t j0 = 0; j0 < all_outputs; j0 += width)
-            for (int64_t row0 = 0; row0 < p->M; row0 += ROWS)
-                product_block(p, &code, row0, smaller(ROWS, p->M - row0), j0, smaller(width, all_outputs - j0), tile, sums,
+            for (int64_t row0 = 0; row0 < p->M; row0 += rows)
+                product_block(p, &code, row0, smaller(rows, p->M - row0), j0, smaller(width, all_outputs - j0), tile, sums,
                               backward);
     }
 }

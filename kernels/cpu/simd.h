@@ -9,7 +9,9 @@
      AVX2      a level is 4 bytes; byte j of all 16 levels fits one register ("byte plane"), and PSHUFB is a table of
                16 bytes. 4 shuffles look up 32 weights, 8 unpacks put their bytes together again.
      AVX-512   VPERMPS is a table of 16 floats; of an index it reads the low nibble, so that a shift is all it asks.
-     portable  a table of the 256 pairs that a byte can mean. */
+     portable  a table of the 256 pairs that a byte can mean.
+   dwords_of and look_up decode down a column of the weight: lane j of dwords[d] holds bytes 4d … 4d + 3 of row[j], and
+   the level of every lane's low 4 bits comes from one table, whatever row it is of. */
 #ifndef SIMD_H
 #define SIMD_H
 
@@ -162,14 +164,34 @@ typedef struct {
 
 INLINE codebook load_codebook(const float *level) { return (codebook){level, _mm512_loadu_ps(level)}; }
 
+INLINE vec look_up(const codebook *code, uvec index) {
+    return (vec)_mm512_permutexvar_ps((__m512i)index, code->levels); /* reads the low 4 bits of an index */
+}
+
+INLINE __m512i four_rows(const uint8_t *const *row) { /* 16 bytes of rows 0, 4, 8, 12 */
+    __m512i all = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row[0]));
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)row[4]), 1);
+    all = _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)row[8]), 2);
+    return _mm512_inserti32x4(all, _mm_loadu_si128((const __m128i *)row[12]), 3);
+}
+
+INLINE void dwords_of(const uint8_t *const *row, uvec *dwords) {
+    __m512i a = four_rows(row), b = four_rows(row + 1), c = four_rows(row + 2), d = four_rows(row + 3);
+    __m512i lower = _mm512_unpacklo_epi32(a, b), upper = _mm512_unpacklo_epi32(c, d);
+    dwords[0] = (uvec)_mm512_unpacklo_epi64(lower, upper);
+    dwords[1] = (uvec)_mm512_unpackhi_epi64(lower, upper);
+    lower = _mm512_unpackhi_epi32(a, b), upper = _mm512_unpackhi_epi32(c, d);
+    dwords[2] = (uvec)_mm512_unpacklo_epi64(lower, upper);
+    dwords[3] = (uvec)_mm512_unpackhi_epi64(lower, upper);
+}
+
 INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
     const __m512i shift = _mm512_set1_epi64(4); /* dword 0 by 4 (the high nibble comes first), dword 1 by 0 */
     __m128i bytes = _mm_loadu_si128((const __m128i *)packed);
     __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
     __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(bytes, bytes));
-    /* VPERMPS reads the low 4 bits of an index */
-    levels[0] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(first, shift), code->levels);
-    levels[1] = (vec)_mm512_permutexvar_ps(_mm512_srlv_epi32(second, shift), code->levels);
+    levels[0] = look_up(code, (uvec)_mm512_srlv_epi32(first, shift));
+    levels[1] = look_up(code, (uvec)_mm512_srlv_epi32(second, shift));
 }
 
 /* Dword d holds weights 8d … 8d + 7: a lane of the lower half takes the first four, of the upper half the others. */
@@ -205,6 +227,26 @@ INLINE codebook load_codebook(const float *level) {
         code.plane[j] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)plane));
     }
     return code;
+}
+
+INLINE vec look_up(const codebook *code, uvec index) { /* VPERMPS reads the low 3 bits of an index; bit 3 chooses */
+    __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(code->level), (__m256i)index);
+    __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(code->level + 8), (__m256i)index);
+    return (vec)_mm256_blendv_ps(lower, upper, (__m256)(index << 28));
+}
+
+INLINE __m256i two_rows(const uint8_t *const *row) { /* 16 bytes of rows 0, 4 */
+    return _mm256_loadu2_m128i((const __m128i *)row[4], (const __m128i *)row[0]);
+}
+
+INLINE void dwords_of(const uint8_t *const *row, uvec *dwords) {
+    __m256i a = two_rows(row), b = two_rows(row + 1), c = two_rows(row + 2), d = two_rows(row + 3);
+    __m256i lower = _mm256_unpacklo_epi32(a, b), upper = _mm256_unpacklo_epi32(c, d);
+    dwords[0] = (uvec)_mm256_unpacklo_epi64(lower, upper);
+    dwords[1] = (uvec)_mm256_unpackhi_epi64(lower, upper);
+    lower = _mm256_unpackhi_epi32(a, b), upper = _mm256_unpackhi_epi32(c, d);
+    dwords[2] = (uvec)_mm256_unpacklo_epi64(lower, upper);
+    dwords[3] = (uvec)_mm256_unpackhi_epi64(lower, upper);
 }
 
 INLINE void look_up32(__m256i index, const codebook *code, vec *levels) {
@@ -258,6 +300,20 @@ INLINE codebook load_codebook(const float *level) {
         code.pair[byte][1] = level[byte & 15];
     }
     return code;
+}
+
+INLINE vec look_up(const codebook *code, uvec index) {
+    vec levels;
+    for (int j = 0; j < LANES; j++) levels[j] = code->level[index[j] & 15];
+    return levels;
+}
+
+INLINE void dwords_of(const uint8_t *const *row, uvec *dwords) {
+    for (int d = 0; d < 4; d++)
+        for (int j = 0; j < LANES; j++) {
+            const uint8_t *b = row[j] + 4 * d;
+            dwords[d][j] = b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+        }
 }
 
 INLINE void decode32(const uint8_t *packed, const codebook *code, vec *levels) {
