@@ -210,6 +210,11 @@ def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor |
 def _plain_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """x · Wᵀ (m, V), in `buffer`."""
     z = buffer[: len(x)]
+    if asked_backend() in ("auto", "cpu"):
+        from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
+
+        if dense.serves(x, weight):
+            return dense.product(x, weight, z)
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])

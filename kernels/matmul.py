@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from quant import QuantizedTensor
 
 from . import ops
+from .buffers import empty
 from .dequantize import dequantize
 from .dispatch import asked_backend, backend_for, implementation, register, use_backend
 
@@ -75,22 +76,25 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · weightᵀ (K, N) + bias (N,) → (…, N) in x.dtype; gradients come in the dtype of what they belong to."""
-    if weight.dtype == x.dtype:
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # decoding: the cast would be the work
-        y = _few_rows(x, weight)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # decoding: a cast would be the work
+        y = _product_in_c(x, weight)
         if y is not None:
             return y if bias is None else y.add_(bias)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _CastLinear.apply(x, weight, bias)
 
 
-def _few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
+def _product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:
     """x · weightᵀ without a cast of the weight, where a C kernel serves."""
     if asked_backend() not in ("auto", "cpu"):
         return None
     from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
 
-    return dense.dense_bf16(x, weight) if dense.serves(x, weight) else None
+    rows, N = x.reshape(-1, x.shape[-1]), len(weight)
+    if not dense.serves(rows, weight):
+        return None
+    return dense.product(rows, weight, empty((len(rows), N), x.dtype)).view(*x.shape[:-1], N)
 
 
 class _CastLinear(torch.autograd.Function):

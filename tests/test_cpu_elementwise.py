@@ -91,19 +91,27 @@ def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
         assert_as_accurate_as(plain, ours, exact)
 
 
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 9])
-@pytest.mark.parametrize("K", [3, 32, 100])
-def test_dense_bf16_and_a_row_alone_or_in_company(K: int, M: int) -> None:
-    x, weight = torch.randn(M, K), torch.randn(68, K).bfloat16()
-    assert dense.serves(x, weight)
-    found = dense.dense_bf16(x, weight)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 9, 64, 600])
+@pytest.mark.parametrize(("N", "K"), [(32, 32), (416, 608)])
+def test_dense_products(N: int, K: int, M: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(M, K), torch.randn(N, K).to(dtype)
+    assert dense.serves(x, weight) == (M > 1 or dtype == torch.bfloat16)
+    found = dense.product(x, weight, torch.empty(M, N))
     exact = x.double() @ weight.double().T
     assert_as_accurate_as(x @ weight.float().T, found, exact)
-    assert torch.equal(found[-1], dense.dense_bf16(x[-1:], weight)[0])
+    more = dense.product(torch.cat([x, torch.randn(max(1, 8 - M), K)]), weight, torch.empty(M + max(1, 8 - M), N))
+    assert torch.equal(more[:M], found)  # by the same kernel, whatever stands beside a row
+
+
+def test_dense_products_that_do_not_fit_are_left_to_torch() -> None:
+    for N, K in ((48, 32), (32, 48)):
+        assert not dense.serves(torch.randn(4, K), torch.randn(N, K))
+    assert not dense.serves(torch.randn(4, 32).double(), torch.randn(32, 32))
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    x, g, weight = torch.randn(300, 100), torch.rand(100), torch.randn(200, 100).bfloat16()
+    x, g, weight = torch.randn(300, 100), torch.rand(100), torch.randn(224, 96).bfloat16()
     z, targets = torch.randn(30, 1000), torch.randint(1000, (30,))
     results, threads = [], torch.get_num_threads()
     for n in (1, 3):
@@ -112,8 +120,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         elementwise.softmax_slope(p, 1.0, targets, nll, None)
         y, rho = elementwise.rms_norm(x, g, 1e-5)
         dx = elementwise.rms_norm_dx(y, x, g, rho)
-        few = dense.dense_bf16(x[:7], weight)
-        results.append((p, nll, y, dx, few, elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y)))
+        few = dense.product(x[:7, :96].contiguous(), weight, torch.empty(7, 224))
+        many = dense.product(x[:, :96].contiguous(), weight, torch.empty(300, 224))
+        results.append((p, nll, y, dx, few, many, elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y)))
     torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

@@ -54,7 +54,7 @@ static void norm_rows(const decode_step *s, const float *gain, float *h) {
 static void linear_rows(const decode_step *s, const projection *p, const float *x, float *y, float *low, float *rest) {
 #pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R * p->r > 64)
     for (int64_t i = 0; i < s->R * p->r; i++) low[i] = dot(x + i / p->r * p->K, p->down + i % p->r * p->K, p->K);
-    const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads};
+    const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
     FOR_ISA(matmul)(&single);
 }
 

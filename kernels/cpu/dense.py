@@ -1,23 +1,37 @@
-"""dense: a few rows under a dense weight in bf16 (dense.h): what decoding asks of a head that is held in bf16."""
+"""dense: the product with a dense weight, in fp32 or bf16, under fp32 activations: the head, in the loss and in decoding.
+
+    few rows        dense.h: the weight is read once, as it lies
+    more rows       matmul_large.h: a tile of it at a time is copied into the cache, as a quantized one is decoded
+"""
+
+import ctypes
 
 import torch
 from torch import Tensor
 
-from .library import load, why_missing, why_not
+from .library import DTYPES, Product, load, why_missing, why_not, workspace
 
-ROWS = 64  # above, casting the weight once costs less than reading it for every 4 rows
-TILE = 4  # a multiple of every TILE_N
+FEW = 8  # rows: above, a tile pays
+GROUP = 32  # of N and K: whole vectors, in every instruction set
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether dense_bf16 takes x and weight: x fp32 (…, K) of few rows, weight bf16 (N, K)."""
-    few = 0 < x.numel() <= ROWS * x.shape[-1] and weight.shape[0] % TILE == 0
-    return few and not (why_missing() or why_not((torch.float32,), x) or why_not((torch.bfloat16,), weight))
-
-
-def dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, K) · weightᵀ → fp32 (…, N); products of the weight's exact values, summed in fp32."""
+    """Whether `product` takes these: x fp32 (M, K), weight fp32 or bf16 (N, K). One row of fp32 is as fast in torch."""
     N, K = weight.shape
-    y = torch.empty(*x.shape[:-1], N)
-    load().dense_bf16(x.data_ptr(), weight.data_ptr(), x.numel() // K, N, K, y.data_ptr(), torch.get_num_threads())
+    if N % GROUP or K % GROUP or len(x) < (1 if weight.dtype == torch.bfloat16 else 2) or type(weight.data) is not Tensor:
+        return False
+    served = (torch.float32, torch.bfloat16)
+    return not (why_missing() or why_not((torch.float32,), x) or why_not(served, weight))
+
+
+def product(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """y fp32 (M, N) = x (M, K) · weightᵀ, products of the weight's exact values, summed in fp32."""
+    (M, K), N, lib, threads = x.shape, len(weight), load(), torch.get_num_threads()
+    if M <= FEW and weight.dtype == torch.bfloat16:
+        lib.dense_bf16(x.data_ptr(), weight.data_ptr(), M, N, K, y.data_ptr(), threads)
+        return y
+    scratch = workspace(lib.workspace_floats(M, N, K, 0, threads))
+    call = Product(M=M, N=N, K=K, x=x.data_ptr(), y=y.data_ptr(), workspace=scratch.data_ptr(), threads=threads)
+    call.dense, call.dense_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+    lib.matmul(ctypes.byref(call))
     return y

@@ -18,7 +18,7 @@
 #include "attention.h"
 
 void FOR_ISA(matmul)(const product *p) {
-    if (p->M <= SMALL && p->K % SMALL_GROUP == 0)
+    if (p->q && p->M <= SMALL && p->K % SMALL_GROUP == 0)
         few_rows(p);
     else
         many_rows(p, 0);

@@ -41,6 +41,8 @@ class Product(ctypes.Structure):
         ("dtype", c_int),
         *((name, c_void_p) for name in ("bias", "low", "up", "workspace")),
         ("threads", c_int),
+        ("dense", c_void_p),
+        ("dense_dtype", c_int),
     )
 
 

@@ -93,6 +93,17 @@ INLINE void decode_tile_dx(const product *p, const codebook *code, int64_t j0, i
         }
 }
 
+/* The tile of a dense weight, forward. */
+INLINE void copy_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile) {
+    float rows[LANES * X_STEP];
+    for (int64_t j = 0; j < outputs; j += LANES) {
+        for (int i = 0; i < LANES; i++)
+            read_row(p->dense, p->dense_dtype, (j0 + smaller(j + i, outputs - 1)) * p->K + t0, steps, rows + i * X_STEP);
+        float *panel = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL;
+        for (int64_t t = 0; t < steps; t += LANES) transpose(rows + t, X_STEP, panel + t * PANEL);
+    }
+}
+
 /* Steps t0 … of `up`, as steps of a tile. */
 INLINE void copy_up_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile,
                          const int backward) {
@@ -213,8 +224,10 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
         c.steps = smaller(STEPS, length - c.t0);
         if (backward)
             decode_tile_dx(p, code, j0, outputs, c.t0, c.steps, tile);
-        else
+        else if (p->q)
             decode_tile(p, code, j0, outputs, c.t0, c.steps, tile);
+        else
+            copy_tile(p, j0, outputs, c.t0, c.steps, tile);
         if (c.t0 + c.steps == length && p->r <= ROOM) {
             c.low_steps = p->r;
             copy_up_tile(p, j0, outputs, 0, p->r, tile + c.steps * PANEL, backward);
@@ -250,7 +263,7 @@ INLINE void many_rows(const product *p, const int backward) {
     const int64_t width = outputs_of_task(all_outputs, row_blocks, p->threads);
 #pragma omp parallel num_threads(p->threads)
     {
-        const codebook code = load_codebook(p->q->code);
+        const codebook code = load_codebook(p->q ? p->q->code : (const float[16]){0});
         float *tile = p->workspace + THREAD * floats_per_thread(smaller(p->M, ROWS)), *sums = tile + TILE_FLOATS;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t j0 = 0; j0 < all_outputs; j0 += width)

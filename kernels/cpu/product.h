@@ -3,7 +3,8 @@
 /*  forward   y  (M, N) = x (M, K) · Ŵᵀ + low (M, r) · upᵀ (r, N) + bias      outputs N, reduced over K, up = B (N, r)
     backward  dx (M, K) = dy (M, N) · Ŵ + low (M, r) · up (r, K)              outputs K, reduced over N, up = A (r, K)
 
-    low is scaling · x Aᵀ in forward and scaling · dy B in backward. */
+    low is scaling · x Aᵀ in forward and scaling · dy B in backward. Forward also takes a
+    dense weight, where q is NULL. */
 typedef struct {
     const weight *q;
     int64_t M, N, K, r;
@@ -13,6 +14,8 @@ typedef struct {
     const float *bias, *low, *up; /* each may be NULL (bias), or unused (r = 0) */
     float *workspace;
     int threads;
+    const void *dense; /* (N, K) */
+    int dense_dtype;
 } product;
 
 enum {
