@@ -33,39 +33,31 @@ typedef struct {
     float *workspace;
 } decode_step;
 
-INLINE vec load_as(const void *p, int dtype, int64_t at) {
-    return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
-}
-INLINE float number_as(const void *p, int dtype, int64_t at) {
-    return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
-}
-
 static void norm_row(float *row, int64_t n, const float *gain, float eps) {
     float rho = 1 / sqrtf(dot(row, row, n) / (float)n + eps);
     for (int64_t i = 0; i < n; i++) row[i] = row[i] * rho * gain[i];
 }
 
-static void norm_rows(const decode_step *s, const float *gain, float *h) {
-    read_row(s->x, s->dtype, 0, s->R * s->D, h);
-    for (int64_t row = 0; row < s->R; row++) norm_row(h + row * s->D, s->D, gain, s->eps);
+/* x += added, unless that is NULL; h = RMSNorm(x) unless gain is. */
+static void next_rows(const decode_step *s, const float *added, const float *gain, float *h) {
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R * s->D > FEW)
+    for (int64_t r = 0; r < s->R; r++) {
+        float *row = h + r * s->D;
+        read_row(s->x, s->dtype, r * s->D, s->D, row);
+        if (added) {
+            for (int64_t i = 0; i < s->D; i++) row[i] += added[r * s->D + i];
+            write_row(row, s->D, s->x, s->dtype, r * s->D);
+            read_row(s->x, s->dtype, r * s->D, s->D, row); /* rounded */
+        }
+        if (gain) norm_row(row, s->D, gain, s->eps);
+    }
 }
 
 /* y (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias. */
 static void linear_rows(const decode_step *s, const projection *p, const float *x, float *y, float *low, float *rest) {
-#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->R * p->r > 64)
-    for (int64_t i = 0; i < s->R * p->r; i++) low[i] = dot(x + i / p->r * p->K, p->down + i % p->r * p->K, p->K);
+    low_rows(x, p->down, s->R, p->r, p->K, low, s->threads);
     const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
     FOR_ISA(matmul)(&single);
-}
-
-static void add_rows(const decode_step *s, const float *y) {
-    float row[512];
-    for (int64_t at = 0; at < s->R * s->D; at += 512) {
-        int64_t n = smaller(512, s->R * s->D - at);
-        read_row(s->x, s->dtype, at, n, row);
-        for (int64_t i = 0; i < n; i++) row[i] += y[at + i];
-        write_row(row, n, s->x, s->dtype, at);
-    }
 }
 
 /* One head: normed if gain, turned if cos (a pair is i and i + Dh/2). */
@@ -80,26 +72,31 @@ static void turn_head(float *head, int64_t Dh, const float *gain, float eps, con
     }
 }
 
-INLINE float dot_as(const float *q, const void *keys, int dtype, int64_t at, int64_t Dh) {
-    vec sums = {0};
-    int64_t i = 0;
-    for (; i + LANES <= Dh; i += LANES) sums = fma_(load(q + i), load_as(keys, dtype, at + i), sums);
-    float part[LANES];
-    store(part, sums);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; j++) part[j] += part[j + width];
-    for (; i < Dh; i++) part[0] += q[i] * number_as(keys, dtype, at + i);
-    return part[0];
+/* scores[j] = scale · q · key j, for n ≤ LANES keys from element `at` on. */
+INLINE void score_keys(const float *q, const void *keys, const int dtype, int64_t at, int64_t n, int64_t Dh, float scale,
+                       float *scores) {
+    vec sums[LANES];
+    float tail[LANES] = {0};
+    for (int64_t j = 0; j < LANES; j++, at += j < n ? Dh : 0) { /* beyond the last one, it again */
+        sums[j] = (vec){0};
+        int64_t i = 0;
+        for (; i + LANES <= Dh; i += LANES) sums[j] = fma_(load(q + i), load_as(keys, dtype, at + i), sums[j]);
+        for (; i < Dh; i++) tail[j] += q[i] * number_as(keys, dtype, at + i);
+    }
+    store(scores, (sum_each(sums) + load(tail)) * every(scale));
 }
 
 /* scores → e^(score - largest), returned is their sum. scores has room for a multiple of LANES. */
 static float softmax_row(float *scores, int64_t n) {
-    float largest = scores[0], total = 0;
-    for (int64_t i = 1; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
-    for (int64_t i = n; i % LANES; i++) scores[i] = -INFINITY;
-    for (int64_t i = 0; i < n; i += LANES) store(scores + i, exp_(load(scores + i) - every(largest)));
-    for (int64_t i = 0; i < n; i++) total += scores[i];
-    return total;
+    const vec largest = every(largest_of(scores, n));
+    vec total = {0};
+    for (int64_t i = n; i % LANES; i++) scores[i] = -INFINITY; /* e^-87: nothing */
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec p = exp_(load(scores + i) - largest);
+        store(scores + i, p);
+        total += p;
+    }
+    return sum_lanes(total);
 }
 
 /* out[j] = Σ_s p[s] · values[s][j] / total, for `vecs` vectors of j at once. */
@@ -116,7 +113,8 @@ INLINE void mix(const float *p, const void *values, int dtype, int64_t at, int64
 INLINE void attend(const float *q, const void *keys, const void *values, int dtype, int64_t at, int64_t n, int64_t Dh,
                    float *scores, float *out) {
     float scale = 1 / sqrtf((float)Dh);
-    for (int64_t s = 0; s < n; s++) scores[s] = dot_as(q, keys, dtype, at + s * Dh, Dh) * scale;
+    for (int64_t s = 0; s < n; s += LANES)
+        score_keys(q, keys, dtype, at + s * Dh, smaller(LANES, n - s), Dh, scale, scores + s);
     float total = softmax_row(scores, n);
     int64_t j = 0;
     for (; j + 4 * LANES <= Dh; j += 4 * LANES) mix(scores, values, dtype, at + j, n, Dh, total, out + j, 4);
@@ -181,18 +179,17 @@ void FOR_ISA(decode)(const decode_step *s, const decoder_layer *layers, int64_t 
     float *gate = q, *up = gate + R * s->inner, *y = q + R * widest, *low = y + R * q_width;
     float *scores = low + R * rank, *rest = scores + s->threads * score_floats(s);
     for (const decoder_layer *l = layers; l < layers + n_layers; l++) {
-        norm_rows(s, l->input_norm, h);
+        next_rows(s, l > layers ? added : NULL, l->input_norm, h);
         linear_rows(s, &l->q, h, q, low, rest);
         linear_rows(s, &l->k, h, k, low, rest);
         linear_rows(s, &l->v, h, v, low, rest);
         attention_rows(s, l, q, k, v, scores, score_floats(s), y);
         linear_rows(s, &l->o, y, added, low, rest);
-        add_rows(s, added);
-        norm_rows(s, l->post_norm, h);
+        next_rows(s, added, l->post_norm, h);
         linear_rows(s, &l->gate, h, gate, low, rest);
         linear_rows(s, &l->up, h, up, low, rest);
         FOR_ISA(swiglu)(gate, up, FP32, R * s->inner, gate, s->threads);
         linear_rows(s, &l->down, gate, added, low, rest);
-        add_rows(s, added);
     }
+    if (n_layers) next_rows(s, added, NULL, h);
 }

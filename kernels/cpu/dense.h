@@ -1,5 +1,5 @@
-/* dense.h: x · Wᵀ for a dense weight in bf16 under fp32 activations, a few rows at a time: the head in decoding, where
-   reading the weight is the work. Included by kernels.c alone.
+/* dense.h: x · Wᵀ for a dense weight in bf16 or fp32 under fp32 activations, where the weight is read as it lies: the head
+   of a few rows in decoding, and x · Aᵀ of an adapter. Included by kernels.c alone.
 
    A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together. */
 
@@ -15,8 +15,16 @@ INLINE vec sum_each(vec *sums) {
     return sums[0];
 }
 
-/* y[m][n] = Σ_k x[m][k] · w[n][k] for M ≤ TILE_M rows and TILE_N outputs. */
-INLINE void dense_tile(const float *x, const uint16_t *w, int64_t K, float *y, int64_t N, const int M) {
+INLINE vec load_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
+}
+INLINE float number_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
+}
+
+/* y[m][n] = Σ_k x[m][k] · w[at + n · K + k] for M ≤ TILE_M rows and TILE_N outputs. */
+INLINE void dense_tile(const float *x, const void *w, const int dtype, int64_t at, int64_t K, float *y, int64_t N,
+                       const int M) {
     vec sums[LANES];
     float out[LANES], tail[LANES] = {0};
 #pragma GCC unroll 16
@@ -25,24 +33,25 @@ INLINE void dense_tile(const float *x, const uint16_t *w, int64_t K, float *y, i
     for (; k + LANES <= K; k += LANES)
 #pragma GCC unroll 4
         for (int n = 0; n < TILE_N; n++) {
-            vec row = load_bf16(w + n * K + k);
+            vec row = load_as(w, dtype, at + n * K + k);
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) sums[n * TILE_M + m] = fma_(row, load(x + m * K + k), sums[n * TILE_M + m]);
         }
     for (; k < K; k++)
         for (int n = 0; n < TILE_N; n++)
-            for (int m = 0; m < M; m++) tail[n * TILE_M + m] += x[m * K + k] * from_bf16(w[n * K + k]);
+            for (int m = 0; m < M; m++) tail[n * TILE_M + m] += x[m * K + k] * number_as(w, dtype, at + n * K + k);
     store(out, sum_each(sums) + load(tail));
     for (int n = 0; n < TILE_N; n++)
         for (int m = 0; m < M; m++) y[m * N + n] = out[n * TILE_M + m];
 }
 
-INLINE void dense_rows(const float *x, const uint16_t *w, int64_t K, float *y, int64_t N, int64_t M) {
+INLINE void dense_rows(const float *x, const void *w, const int dtype, int64_t at, int64_t K, float *y, int64_t N,
+                       int64_t M) {
     switch (M) { /* the count of rows as a constant, so that its loops unroll into registers */
-        case 1: dense_tile(x, w, K, y, N, 1); break;
-        case 2: dense_tile(x, w, K, y, N, 2); break;
-        case 3: dense_tile(x, w, K, y, N, 3); break;
-        default: dense_tile(x, w, K, y, N, 4); break;
+        case 1: dense_tile(x, w, dtype, at, K, y, N, 1); break;
+        case 2: dense_tile(x, w, dtype, at, K, y, N, 2); break;
+        case 3: dense_tile(x, w, dtype, at, K, y, N, 3); break;
+        default: dense_tile(x, w, dtype, at, K, y, N, 4); break;
     }
 }
 
@@ -53,5 +62,17 @@ void FOR_ISA(dense_bf16)(const float *x, const uint16_t *w, int64_t M, int64_t N
     for (int64_t task = 0; task < N; task += TASK)
         for (int64_t m = 0; m < M; m += TILE_M)
             for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N)
-                dense_rows(x + m * K, w + n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+                dense_rows(x + m * K, w, BF16, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+}
+
+/* low (M, r) = x (M, K) · Aᵀ, all fp32; as above, for any r. */
+static void low_rows(const float *x, const float *A, int64_t M, int64_t r, int64_t K, float *low, int threads) {
+    const int64_t whole = r / TILE_N * TILE_N;
+#pragma omp parallel for num_threads(threads) schedule(static) if (M * r > 64)
+    for (int64_t m = 0; m < M; m += TILE_M) {
+        for (int64_t n = 0; n < whole; n += TILE_N)
+            dense_rows(x + m * K, A, FP32, n * K, K, low + m * r + n, r, smaller(TILE_M, M - m));
+        for (int64_t i = m; i < smaller(M, m + TILE_M); i++)
+            for (int64_t n = whole; n < r; n++) low[i * r + n] = dot(x + i * K, A + n * K, K);
+    }
 }
