@@ -173,13 +173,9 @@ class _Chooser:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
 
     def __call__(self, logits: Tensor, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Tokens (R,) and their log-probabilities (R,). Writes over the logits."""
-        if self.temperature not in (0, 1):
-            logits = logits.sub_(logits.amax(dim=1, keepdim=True)).div_(self.temperature)  # no overflow, however small
-        logps = torch.log_softmax(logits, dim=1)
+        """Tokens (R,) and their log-probabilities (R,)."""
         options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        tokens = sample(logps, self.keys[rows], self.lengths[rows] + n, **options)  # type: ignore[arg-type]
-        return tokens, logps.gather(1, tokens[:, None])[:, 0]
+        return sample(logits, self.keys[rows], self.lengths[rows] + n, **options)  # type: ignore[arg-type]
 
 
 def _check(

@@ -21,10 +21,13 @@ generation. So a row draws the same numbers alone, in any batch, and on any devi
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kernels.elementwise import one_pass
 
 BLOCK = 128
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # int64 of splitmix64's increment; torch's int64 products wrap, as it needs
@@ -76,27 +79,58 @@ def candidates(logps: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> tuple[Te
     return kept, tokens
 
 
-def sample(
-    logps: Tensor, keys: Tensor, positions: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
-    """The next token of each row, int64 (R,). logps fp32 (R, V), already divided by the temperature and normalised.
+class Softmax(NamedTuple):
+    """p = softmax(logits / temperature) of each row, without p itself."""
 
-    temperature 0 takes the most probable token, and needs no randomness.
+    logits: Tensor
+    """(R, V)"""
+    temperature: float
+    largest: Tensor
+    """(R, 1), of the logits"""
+    log_total: Tensor
+    """(R, 1): log Σ_v exp((logits_v - largest) / temperature)"""
+    blocks: Tensor
+    """(R, V / BLOCK): Σ p over each block"""
+
+    def logps(self, tokens: Tensor | None = None) -> Tensor:
+        """log p of tokens (R, C), or of all."""
+        logits = self.logits if tokens is None else self.logits.gather(1, tokens)
+        return (logits - self.largest) / self.temperature - self.log_total
+
+
+def softmax(logits: Tensor, temperature: float) -> Softmax:
+    """Of logits fp32 (R, V)."""
+    fast = one_pass(logits)
+    if fast:
+        return Softmax(logits, temperature, *fast.softmax_blocks(logits, temperature, BLOCK))
+    largest = logits.amax(dim=1, keepdim=True)
+    p = ((logits - largest) / temperature).exp()
+    total = p.sum(dim=1, keepdim=True)
+    blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK).sum(dim=2) / total
+    return Softmax(logits, temperature, largest, total.log(), blocks)
+
+
+def sample(
+    logits: Tensor, keys: Tensor, positions: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, int64 (R,), and its log p under softmax(logits / temperature), fp32 (R,).
+
+    logits fp32 (R, V). temperature 0 takes the most probable token, and needs no randomness; its log p is unscaled.
     """
+    whole = kept = softmax(logits, temperature or 1.0)
     if temperature == 0.0:
-        return logps.argmax(dim=1)
-    if top_k or top_p < 1.0:
-        kept, tokens = candidates(logps, top_k=top_k, top_p=top_p)
-        logps = torch.full_like(logps, -torch.inf).scatter_(1, tokens, kept)
-    R, V = logps.shape
-    p = F.pad(logps.exp(), (0, -V % BLOCK)).view(R, -1, BLOCK)
-    blocks = torch.arange(p.shape[1], device=p.device)
-    block = _first(p.sum(dim=2), exponentials(keys, positions, -2 - blocks))  # numbers that no token has
-    tokens = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
-    p = p[torch.arange(R, device=p.device), block]
-    return block * BLOCK + _first(p, exponentials(keys, positions, tokens))
+        token = logits.argmax(dim=1, keepdim=True)
+    else:
+        if top_k or top_p < 1.0:
+            logps, tokens = candidates(whole.logps(), top_k=top_k, top_p=top_p)
+            kept = softmax(torch.full_like(logits, -torch.inf).scatter_(1, tokens, logps), 1.0)
+        numbers = torch.arange(kept.blocks.shape[1], device=logits.device)
+        block = _first(kept.blocks, exponentials(keys, positions, -2 - numbers))  # numbers that no token has
+        tokens = (block * BLOCK + torch.arange(BLOCK, device=logits.device)).clamp(max=logits.shape[1] - 1)
+        token = tokens.gather(1, _first(kept.logps(tokens).exp(), exponentials(keys, positions, tokens)))
+    return token[:, 0], whole.logps(token)[:, 0]
 
 
 def _first(rates: Tensor, exponentials: Tensor) -> Tensor:
-    """Which clock rings first: (R, C) → (R,)."""
-    return (rates.double() / exponentials).argmax(dim=1)
+    """Which clock rings first: (R, C) → (R, 1)."""
+    return (rates.double() / exponentials).argmax(dim=1, keepdim=True)

@@ -12,6 +12,7 @@ from kernels import use_backend
 from kernels.cpu import dense, elementwise, library
 from kernels.linear_cross_entropy import linear_cross_entropy
 from models.elementwise import apply_rope, rms_norm, swiglu
+from models.sampling import BLOCK, softmax
 from tests.accuracy import assert_as_accurate_as, leaf
 
 pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
@@ -110,6 +111,25 @@ def test_dense_products_that_do_not_fit_are_left_to_torch() -> None:
     assert not dense.serves(torch.randn(4, 32).double(), torch.randn(32, 32))
 
 
+@pytest.mark.parametrize(("V", "temperature"), [(3, 1.0), (128, 1.0), (300, 0.3), (49152, 1.7)])
+def test_softmax_blocks(V: int, temperature: float) -> None:
+    z = 3 * torch.randn(5, V)
+    z[1, 0], z[2, 1:] = 200, -torch.inf
+    ours, (plain, exact) = softmax(z, temperature), (_blocks(t, temperature) for t in (z, z.double()))
+    assert torch.equal(ours.largest, z.amax(dim=1, keepdim=True))
+    assert_as_accurate_as(plain[0], ours.blocks, exact[0])
+    assert_as_accurate_as(plain[1], ours.log_total, exact[1])
+    with use_backend("reference"):
+        torch.testing.assert_close(tuple(ours[2:]), tuple(softmax(z, temperature)[2:]))
+
+
+def _blocks(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    p = torch.softmax(z / temperature, dim=1)
+    shares = torch.stack([part.sum(dim=1) for part in p.split(BLOCK, dim=1)], dim=1)
+    shifted = (z - z.amax(dim=1, keepdim=True)) / temperature
+    return shares, shifted.logsumexp(dim=1, keepdim=True)
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, g, weight = torch.randn(300, 100), torch.rand(100), torch.randn(224, 96).bfloat16()
     z, targets = torch.randn(30, 1000), torch.randint(1000, (30,))
@@ -122,7 +142,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         dx = elementwise.rms_norm_dx(y, x, g, rho)
         few = dense.product(x[:7, :96].contiguous(), weight, torch.empty(7, 224))
         many = dense.product(x[:, :96].contiguous(), weight, torch.empty(300, 224))
-        results.append((p, nll, y, dx, few, many, elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y)))
+        results.append((p, nll, y, dx, few, many, *elementwise.softmax_blocks(z, 1.0, 128), elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y)))
     torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

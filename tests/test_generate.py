@@ -125,8 +125,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_definition(settings: dic
     options = {"top_k": 0, "top_p": 1.0, **settings}
     wanted = definition(logits.double().numpy(), **options)
     keys = torch.tensor([row_key(3, [1, 2], g) for g in range(N)])
-    logps = (logits / options["temperature"]).log_softmax(0).expand(N, V)
-    tokens = sample(logps, keys, torch.full((N,), 9), **options)
+    tokens, logps = sample(logits.expand(N, V), keys, torch.full((N,), 9), **options)
+    torch.testing.assert_close(logps, (logits / options["temperature"]).log_softmax(0)[tokens])
     counts = np.bincount(tokens.numpy(), minlength=V)
     assert counts[wanted == 0].sum() == 0
     expected = N * wanted[wanted > 0]
@@ -139,7 +139,7 @@ def test_top_p_keeps_at_least_one_token_and_top_p_1_keeps_all() -> None:
     logps = torch.tensor([[0.5, 0.3, 0.2]]).log()
     keys, position = torch.arange(2000), torch.zeros(2000, dtype=torch.int64)
     for top_p, kept in [(1e-6, {0}), (0.5, {0}), (0.51, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2})]:
-        tokens = sample(logps.expand(2000, 3), keys, position, temperature=1.0, top_p=top_p)
+        tokens, _ = sample(logps.expand(2000, 3), keys, position, temperature=1.0, top_p=top_p)
         assert set(tokens.tolist()) == kept
 
 

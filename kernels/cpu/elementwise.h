@@ -187,3 +187,26 @@ void FOR_ISA(softmax_slope)(float *z, int64_t rows, int64_t V, float scale, cons
         p[targets[row]] -= 1;
     }
 }
+
+/* p = softmax(z · scale) of each row of z (rows, V) fp32: `blocks` gets Σ p over every `block` ≤ SPAN neighbours, largest
+   and total what log p = (z - largest) · scale - total is made of. p itself is never written. */
+void FOR_ISA(softmax_blocks)(const float *z, int64_t rows, int64_t V, float scale, int64_t block, float *largest,
+                             float *total, float *blocks, int threads) {
+    const int64_t n_blocks = (V + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *p = z + row * V;
+        float a[SPAN], most = largest_of(p, V), *sums = blocks + row * n_blocks;
+        double all = 0;
+        for (int64_t b = 0; b < n_blocks; b++) {
+            int64_t n = next_span(p, FP32, b * block, smaller(block, V - b * block), a);
+            for (int64_t i = n; i % LANES; i++) a[i] = -INFINITY; /* e^-87: nothing */
+            vec sum = {0};
+            for (int64_t i = 0; i < n; i += LANES) sum += exp_((load(a + i) - every(most)) * every(scale));
+            all += sums[b] = sum_lanes(sum);
+        }
+        largest[row] = most;
+        total[row] = (float)log(all);
+        for (int64_t b = 0; b < n_blocks; b++) sums[b] *= (float)(1 / all);
+    }
+}

@@ -1,4 +1,5 @@
-"""elementwise: RMSNorm, SwiGLU and rope in C (elementwise.h), for fp32 and bf16, and the softmax of the loss."""
+"""elementwise: RMSNorm, SwiGLU and rope in C (elementwise.h), for fp32 and bf16, and the softmax of the loss and of
+sampling, for fp32."""
 
 import ctypes
 from ctypes import c_int64
@@ -74,7 +75,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return y
 
 
-C = OnePass(rms_norm, rms_norm_dx, swiglu, swiglu_dx, rope)
+def softmax_blocks(z: Tensor, temperature: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    z = z.contiguous()
+    (R, V), threads = z.shape, torch.get_num_threads()
+    largest, total, blocks = torch.empty(R, 1), torch.empty(R, 1), torch.empty(R, -(-V // block))
+    outputs = (largest.data_ptr(), total.data_ptr(), blocks.data_ptr())
+    load().softmax_blocks(z.data_ptr(), R, V, 1 / temperature, block, *outputs, threads)
+    return largest, total, blocks
+
+
+C = OnePass(rms_norm, rms_norm_dx, swiglu, swiglu_dx, rope, softmax_blocks)
 
 
 def serves_softmax(z: Tensor) -> bool:

@@ -69,6 +69,7 @@ class Library:
             "swiglu_dx": (None, [p, p, p, i, n, p, p, i]),
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
             "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
+            "softmax_blocks": (None, [p, n, n, c_float, n, p, p, p, i]),
             "dense_bf16": (None, [p, p, n, n, n, p, i]),
             "attention_floats": (c_int64, [p, i]),
             "attention": (None, [p]),
@@ -96,6 +97,7 @@ class Library:
     swiglu_dx: "ctypes._NamedFuncPointer"
     rope: "ctypes._NamedFuncPointer"
     softmax_slope: "ctypes._NamedFuncPointer"
+    softmax_blocks: "ctypes._NamedFuncPointer"
     dense_bf16: "ctypes._NamedFuncPointer"
     attention_floats: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
