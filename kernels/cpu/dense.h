@@ -5,16 +5,6 @@
 
 enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64 };
 
-/* Lane i of what is returned: the sum over sums[i]. Each round sets two sums side by side, half as long. */
-INLINE vec sum_each(vec *sums) {
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            sums[i] = SHUFFLE(sums[i], sums[i + half], LOWER) + SHUFFLE(sums[i], sums[i + half], UPPER);
-    return sums[0];
-}
-
 INLINE vec load_as(const void *p, int dtype, int64_t at) {
     return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
 }

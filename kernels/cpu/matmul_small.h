@@ -77,6 +77,16 @@ INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const 
     for (int m = 0; m < M; m++) sums[m] = acc[m];
 }
 
+/* Lane i of what is returned: the sum over sums[i]. Each round sets two sums side by side, half as long. */
+INLINE vec sum_each(vec *sums) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            sums[i] = SHUFFLE(sums[i], sums[i + half], LOWER) + SHUFFLE(sums[i], sums[i + half], UPPER);
+    return sums[0];
+}
+
 INLINE float dot(const float *a, const float *b, int64_t n) {
     vec sums = {0};
     int64_t i = 0;
@@ -84,6 +94,14 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     float sum = sum_lanes(sums);
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
+}
+
+/* sums += low[m] · up[n], in lanes; what is no whole vector goes into lane 0. */
+INLINE void add_low_rank(const product *p, int64_t m, int64_t n, vec *sums) {
+    const float *low = p->low + m * p->r, *up = p->up + n * p->r;
+    int64_t i = 0;
+    for (; i + LANES <= p->r; i += LANES) *sums = fma_(load(low + i), load(up + i), *sums);
+    for (; i < p->r; i++) (*sums)[0] += low[i] * up[i];
 }
 
 INLINE void few_rows_tile(const product *p, const codebook *code, const float *x, int64_t n0, const int M) {
@@ -100,12 +118,16 @@ INLINE void few_rows_tile(const product *p, const codebook *code, const float *x
         for (int64_t n = 0; n < outputs; n++)
             dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k), ahead, &table, sums[n], M);
     }
+    for (int64_t n = outputs; n < SMALL_OUT; n++)
+        for (int m = 0; m < M; m++) sums[n][m] = (vec){0};
     for (int m = 0; m < M; m++) {
-        for (int64_t n = 0; n < outputs; n++) {
-            line[n] = sum_lanes(sums[n][m]);
-            line[n] += dot(p->low + m * p->r, p->up + (n0 + n) * p->r, p->r);
-            if (p->bias) line[n] += p->bias[n0 + n];
+        for (int64_t n = 0; n < outputs; n++) add_low_rank(p, m, n0 + n, &sums[n][m]);
+        for (int n = 0; n < SMALL_OUT; n += LANES) {
+            vec part[LANES];
+            for (int i = 0; i < LANES; i++) part[i] = sums[n + i][m];
+            store(line + n, sum_each(part));
         }
+        for (int64_t n = 0; n < outputs && p->bias; n++) line[n] += p->bias[n0 + n];
         write_row(line, outputs, p->y, p->dtype, m * p->N + n0);
     }
 }
@@ -124,6 +146,7 @@ static void few_rows_tile_of(const product *p, const codebook *code, const float
 }
 
 static void few_rows(const product *p) {
+#pragma omp parallel for num_threads(p->threads) schedule(static) if (p->M * p->K > FEW)
     for (int64_t k = 0; k < p->K; k += SMALL_GROUP)
         for (int64_t m = 0; m < p->M; m++) {
             float row[SMALL_GROUP], *mixed = p->workspace + (k * p->M + m * SMALL_GROUP);
