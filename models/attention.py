@@ -192,6 +192,10 @@ def causal_attention(
     runs is what document_runs returned; with runs, padding gets zeros. prefixes is what prefix_runs returned: a
     document's tokens attend to the whole of its prefix too, as if they stood right behind it.
     """
+    if window is None or _longest(q, runs, prefixes) <= window.window:
+        y_of_all = kernels.attention.causal_attention(q, k, v, runs, prefixes)
+        if y_of_all is not None:
+            return y_of_all
     if runs is None:
         return _causal(q, k, v, window)
     T, sizes, done = q.shape[1], [], 0
@@ -214,6 +218,15 @@ def causal_attention(
     return torch.cat(y).view(q.shape)
 
 
+def _longest(q: Tensor, runs: Runs | None, prefixes: Sequence[int | None] | None) -> int:
+    """How many tokens the longest document has, with its prefix."""
+    if runs is None:
+        return q.shape[1]
+    lengths = [stop - start for _, start, stop in runs]
+    before = [0 if i is None else lengths[i] for i in prefixes or [None] * len(runs)]
+    return max((a + b for a, b in zip(before, lengths, strict=True)), default=0)
+
+
 def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
     """q (T, H, Dh) of the last T of S tokens, k and v (S, Kv, Dh) of all of them → (T, H, Dh)."""
     T, S = q.shape[0], k.shape[0]
@@ -226,10 +239,6 @@ def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
     """One document a row, in order."""
-    if window is None or q.shape[1] <= window.window:
-        y = kernels.attention.causal_attention(q, k, v)
-        if y is not None:
-            return y
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if window is None or q.shape[2] <= window.window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
