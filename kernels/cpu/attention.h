@@ -55,8 +55,11 @@ static void query_places(const attention *a, const document *d, int64_t kv, int6
 static void pack_across(const float *x, const int64_t *at, int64_t n, int64_t Dh, float scale, float *panels) {
     float block[LANES * REDUCE];
     for (int64_t j = 0; j < up_to(n, PANEL); j += LANES) {
-        for (int64_t i = 0; i < LANES; i++)
-            for (int64_t d = 0; d < Dh; d++) block[i * Dh + d] = j + i < n ? x[at[j + i] + d] * scale : 0;
+        for (int64_t i = 0; i < LANES; i++) {
+            const float *row = j + i < n ? x + at[j + i] : NULL;
+            for (int64_t d = 0; d < Dh; d += LANES)
+                store(block + i * Dh + d, row ? load(row + d) * every(scale) : (vec){0});
+        }
         for (int64_t d = 0; d < Dh; d += LANES)
             transpose(block + d, Dh, panels + (j / PANEL * Dh + d) * PANEL + j % PANEL);
     }
@@ -67,12 +70,13 @@ static void pack_along(const float *x, const int64_t *at, int64_t n, int64_t Dh,
                        float *panels) {
     for (int64_t d0 = 0; d0 < Dh; d0 += PANEL, panels += length * PANEL)
         for (int64_t i = 0; i < n; i++)
-            for (int64_t d = 0; d < PANEL; d++) panels[i * PANEL + d] = x[at[i] + d0 + d] * scale;
+            for (int64_t d = 0; d < PANEL; d += LANES)
+                store(panels + i * PANEL + d, load(x + at[i] + d0 + d) * every(scale));
 }
 
 static void copy_rows(const float *x, const int64_t *at, int64_t n, int64_t Dh, float scale, float *tile) {
     for (int64_t i = 0; i < n; i++)
-        for (int64_t d = 0; d < Dh; d++) tile[i * X_STEP + d] = x[at[i] + d] * scale;
+        for (int64_t d = 0; d < Dh; d += LANES) store(tile + i * X_STEP + d, load(x + at[i] + d) * every(scale));
 }
 
 /* Score of key j of one query: they lie in chunks of REDUCE keys, [chunk][query][key]. */
@@ -109,13 +113,13 @@ static int64_t most_keys(const attention *a) {
 }
 
 INLINE int64_t forward_floats(int64_t keys, int64_t Dh) {
-    return 2 * keys + 2 * up_to(keys, PANEL) * Dh + up_to(keys, REDUCE) / REDUCE * TILE_ROWS * X_STEP;
+    return up_to(2 * keys, PANEL) + 2 * up_to(keys, PANEL) * Dh + up_to(keys, REDUCE) / REDUCE * TILE_ROWS * X_STEP;
 }
 
 static void attention_forward(const attention *a, const document *d, int64_t kv, float *start) {
     const int64_t all = keys_of(d), Dh = a->Dh, queries = d->length * (a->H / a->Kv), padded = up_to(all, PANEL);
     int64_t *key_at = (int64_t *)start, query_at[TILE_ROWS], seen[TILE_ROWS];
-    float *k_panels = start + 2 * all, *v_panels = k_panels + padded * Dh, *scores = v_panels + padded * Dh;
+    float *k_panels = start + up_to(2 * all, PANEL), *v_panels = k_panels + padded * Dh, *scores = v_panels + padded * Dh;
     float q_tile[TILE_ROWS * X_STEP], out[TILE_ROWS * PANEL], inverse[TILE_ROWS];
     key_places(a, d, kv, key_at);
     pack_across(a->k, key_at, all, Dh, 1, k_panels);
@@ -166,7 +170,7 @@ typedef struct {
 INLINE int64_t backward_floats(int64_t keys, int64_t Dh, float *start, scratch *s) {
     const int64_t rows = up_to(keys, TILE_ROWS), all = rows * Dh, chunk = REDUCE * Dh;
     float *at = start;
-    s->key_at = (int64_t *)at, at += 2 * rows;
+    s->key_at = (int64_t *)at, at += up_to(2 * rows, PANEL);
     s->query_at = (int64_t *)at, at += 2 * REDUCE;
     s->k_panels = at, at += all;
     s->q_across = at, at += chunk;
