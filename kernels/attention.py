@@ -29,8 +29,7 @@ def causal_attention(
         return None
     from .cpu import attention  # the C kernels are a backend like any other: this file does not need them
 
-    if not attention.serves(q, k, v):
+    who = None if runs is None else tuple(runs), None if prefixes is None else tuple(prefixes)
+    if not attention.serves(q, k, v, *who):
         return None
-    B, T = q.shape[:2]
-    docs = attention.documents(B, T, runs and tuple(runs), prefixes and tuple(prefixes))
-    return attention.CausalAttention.apply(q, k, v, docs)
+    return attention.CausalAttention.apply(q, k, v, attention.cut(*q.shape[:2], *who))

@@ -68,7 +68,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_what_is_not_served_is_left_to_torch() -> None:
     many = 2 * torch.get_num_threads()
     (q, k, v), _ = inputs(many, 32, 2, 1, 32)
-    assert serves(q, k, v)
+    assert serves(q, k, v, None, None)
     assert causal_attention(q, k, v) is not None
     for unserved in ((q[:1], k[:1], v[:1]), (q[..., :20], k[..., :20], v[..., :20]), (q.bfloat16(), k, v)):
         assert causal_attention(*unserved) is None

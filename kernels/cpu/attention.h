@@ -8,20 +8,21 @@
    diagonal crosses. Nothing of T · T is kept: forward holds the scores of TILE_ROWS queries, backward dS of REDUCE queries
    (as FlashAttention, arXiv 2205.14135, in blocks that suit a cache).
 
-   A document may continue another one, its prefix: its keys are those of the prefix, then its own. A task is a document
-   with one key-value head, and is one thread's; its queries are those of every token by every head that shares the keys,
-   [token][head]. What backward adds to the keys of a prefix it leaves in sums of its own. When all tasks are done, those
-   are added in the order of the documents: no result depends on how many threads there are, and that of a document
-   depends on no other one but its prefix, and what continues it. */
+   A document may continue another one, its prefix: its keys are those of the prefix, then its own. A task is a piece of
+   a document with one key-value head, and is one thread's; its queries are those of each of its tokens by every head
+   that shares the keys, [token][head]. What backward adds to keys before the piece's own it leaves in sums of its own.
+   When all tasks are done, those are added in the order of the pieces: no result depends on how many threads there are,
+   and that of a document depends on no other one but its prefix, and what continues it. */
 
 typedef struct {
-    int64_t first, length, prefix, prefix_length; /* in tokens; a document without a prefix has prefix_length 0 */
-    int64_t sums;                                 /* prefix tokens of the documents before it: where its sums start */
-} document;
+    int64_t prefix, prefix_length; /* first token, tokens: 0 where there is none */
+    int64_t first, before, length; /* the document's first token, its tokens before this piece, tokens of the piece */
+    int64_t sums;                  /* keys before their own that the pieces before it have: where its sums start */
+} piece;
 
 typedef struct {
     int64_t n, H, Kv, Dh;
-    const document *documents;
+    const piece *pieces;
     const float *q, *k, *v;
     float *y, *lse, *workspace;
     const float *dy;
@@ -31,22 +32,22 @@ typedef struct {
 
 INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-INLINE int64_t keys_of(const document *d) { return d->prefix_length + d->length; }
+INLINE int64_t earlier_keys(const piece *p) { return p->prefix_length + p->before; }
+INLINE int64_t keys_of(const piece *p) { return earlier_keys(p) + p->length; }
 
-/* Where the numbers of each of its keys lie in k, v, dk and dv. */
-static void key_places(const attention *a, const document *d, int64_t kv, int64_t *at) {
-    const int64_t P = d->prefix_length;
-    for (int64_t j = 0; j < P + d->length; j++)
-        at[j] = ((j < P ? d->prefix + j : d->first + j - P) * a->Kv + kv) * a->Dh;
+/* Where the numbers of its key j lie in k, v, dk and dv. */
+INLINE int64_t key_place(const attention *a, const piece *p, int64_t kv, int64_t j) {
+    const int64_t own = j - p->prefix_length;
+    return ((own < 0 ? p->prefix + j : p->first + own) * a->Kv + kv) * a->Dh;
 }
 
-/* The same of queries i0 … i0 + n, in q, y, dq and dy; and how many keys each of them sees. */
-static void query_places(const attention *a, const document *d, int64_t kv, int64_t i0, int64_t n, int64_t *at,
+/* Where those of queries i0 … i0 + n lie in q, y, dq and dy; and how many keys each of them sees. */
+static void query_places(const attention *a, const piece *p, int64_t kv, int64_t i0, int64_t n, int64_t *at,
                          int64_t *seen) {
     const int64_t group = a->H / a->Kv;
-    for (int64_t i = 0, token = i0 / group, head = i0 % group; i < n; i++) {
-        at[i] = ((d->first + token) * a->H + kv * group + head) * a->Dh;
-        seen[i] = d->prefix_length + token + 1;
+    for (int64_t i = 0, token = p->before + i0 / group, head = i0 % group; i < n; i++) {
+        at[i] = ((p->first + token) * a->H + kv * group + head) * a->Dh;
+        seen[i] = p->prefix_length + token + 1;
         if (++head == group) head = 0, token++;
     }
 }
@@ -105,10 +106,10 @@ static float softmax_scores(float *scores, int64_t n, int64_t end, float *lse) {
     return (float)(1 / total);
 }
 
-/* Keys of the document that has most of them. */
+/* Keys of the piece that has most of them. */
 static int64_t most_keys(const attention *a) {
     int64_t most = 0;
-    for (int64_t i = 0; i < a->n; i++) most = keys_of(a->documents + i) > most ? keys_of(a->documents + i) : most;
+    for (int64_t i = 0; i < a->n; i++) most = keys_of(a->pieces + i) > most ? keys_of(a->pieces + i) : most;
     return most;
 }
 
@@ -116,17 +117,17 @@ INLINE int64_t forward_floats(int64_t keys, int64_t Dh) {
     return up_to(2 * keys, PANEL) + 2 * up_to(keys, PANEL) * Dh + up_to(keys, REDUCE) / REDUCE * TILE_ROWS * X_STEP;
 }
 
-static void attention_forward(const attention *a, const document *d, int64_t kv, float *start) {
-    const int64_t all = keys_of(d), Dh = a->Dh, queries = d->length * (a->H / a->Kv), padded = up_to(all, PANEL);
+static void attention_forward(const attention *a, const piece *p, int64_t kv, float *start) {
+    const int64_t all = keys_of(p), Dh = a->Dh, queries = p->length * (a->H / a->Kv), padded = up_to(all, PANEL);
     int64_t *key_at = (int64_t *)start, query_at[TILE_ROWS], seen[TILE_ROWS];
     float *k_panels = start + up_to(2 * all, PANEL), *v_panels = k_panels + padded * Dh, *scores = v_panels + padded * Dh;
     float q_tile[TILE_ROWS * X_STEP], out[TILE_ROWS * PANEL], inverse[TILE_ROWS];
-    key_places(a, d, kv, key_at);
+    for (int64_t j = 0; j < all; j++) key_at[j] = key_place(a, p, kv, j);
     pack_across(a->k, key_at, all, Dh, 1, k_panels);
     pack_along(a->v, key_at, all, Dh, 1, padded, v_panels);
     for (int64_t i0 = 0; i0 < queries; i0 += TILE_ROWS) {
         const int64_t rows = smaller(TILE_ROWS, queries - i0);
-        query_places(a, d, kv, i0, rows, query_at, seen);
+        query_places(a, p, kv, i0, rows, query_at, seen);
         const int64_t keys = seen[rows - 1], end = up_to(keys, PANEL);
         copy_rows(a->q, query_at, rows, Dh, 1 / sqrtf((float)Dh), q_tile);
         for (int64_t j = 0; j < end; j += PANEL)
@@ -188,12 +189,12 @@ INLINE int64_t backward_floats(int64_t keys, int64_t Dh, float *start, scratch *
 }
 
 /* Queries i0 … i0 + n: packed in each of the two ways, with their lse and Σ dy ⊙ y. Returns how many keys the last sees. */
-static int64_t read_queries(const attention *a, const document *d, int64_t kv, int64_t i0, int64_t n,
+static int64_t read_queries(const attention *a, const piece *p, int64_t kv, int64_t i0, int64_t n,
                             const scratch *s) {
     const int64_t Dh = a->Dh;
     const float scale = 1 / sqrtf((float)Dh);
     int64_t seen[REDUCE];
-    query_places(a, d, kv, i0, n, s->query_at, seen);
+    query_places(a, p, kv, i0, n, s->query_at, seen);
     pack_across(a->q, s->query_at, n, Dh, scale, s->q_across);
     pack_across(a->dy, s->query_at, n, Dh, 1, s->dy_across);
     pack_along(a->q, s->query_at, n, Dh, scale, REDUCE, s->q_along);
@@ -250,43 +251,47 @@ static void backward_queries(const attention *a, int64_t n, int64_t padded, cons
     }
 }
 
-static void attention_backward(const attention *a, const document *d, int64_t kv, float *start) {
-    const int64_t all = keys_of(d), P = d->prefix_length, Dh = a->Dh, group = a->H / a->Kv, queries = d->length * group;
+/* What a piece adds to dk and dv of earlier keys: [dk or dv][key][Dh]. */
+INLINE float *sums_of(const attention *a, const piece *p, int64_t kv) {
+    return a->sums + (p->sums * a->Kv + kv * earlier_keys(p)) * 2 * a->Dh;
+}
+
+static void attention_backward(const attention *a, const piece *p, int64_t kv, float *start) {
+    const int64_t all = keys_of(p), earlier = earlier_keys(p), Dh = a->Dh, group = a->H / a->Kv, queries = p->length * group;
     const int64_t padded = up_to(all, TILE_ROWS);
     const size_t bytes = 4 * (size_t)Dh;
     float k_tile[TILE_ROWS * X_STEP], v_tile[TILE_ROWS * X_STEP];
     scratch s;
     backward_floats(all, Dh, start, &s);
-    key_places(a, d, kv, s.key_at);
+    for (int64_t j = 0; j < all; j++) s.key_at[j] = key_place(a, p, kv, j);
     pack_along(a->k, s.key_at, all, Dh, 1, padded, s.k_panels);
     memset(s.dk, 0, (size_t)padded * bytes), memset(s.dv, 0, (size_t)padded * bytes);
     for (int64_t i0 = 0; i0 < queries; i0 += REDUCE) {
-        const int64_t n = smaller(REDUCE, queries - i0), seen = read_queries(a, d, kv, i0, n, &s);
+        const int64_t n = smaller(REDUCE, queries - i0), seen = read_queries(a, p, kv, i0, n, &s);
         for (int64_t j0 = 0; j0 < seen; j0 += TILE_ROWS) {
-            const int64_t keys = smaller(TILE_ROWS, all - j0), blind = (j0 - P) * group - i0; /* queries before key j0 */
+            const int64_t keys = smaller(TILE_ROWS, all - j0), blind = (j0 - earlier) * group - i0; /* queries before key j0 */
             copy_rows(a->k, s.key_at + j0, keys, Dh, 1, k_tile);
             copy_rows(a->v, s.key_at + j0, keys, Dh, 1, v_tile);
             backward_tile(a, k_tile, v_tile, j0, keys, blind > 0 ? blind / PANEL * PANEL : 0, n, &s);
         }
         backward_queries(a, n, padded, &s);
     }
-    float *sums = a->sums + (d->sums * a->Kv + kv * P) * 2 * Dh; /* [dk or dv][prefix token][Dh] */
-    memcpy(sums, s.dk, (size_t)P * bytes), memcpy(sums + P * Dh, s.dv, (size_t)P * bytes);
-    for (int64_t j = P; j < all; j++) {
+    float *sums = sums_of(a, p, kv);
+    memcpy(sums, s.dk, (size_t)earlier * bytes), memcpy(sums + earlier * Dh, s.dv, (size_t)earlier * bytes);
+    for (int64_t j = earlier; j < all; j++) {
         memcpy(a->dk + s.key_at[j], s.dk + j * Dh, bytes);
         memcpy(a->dv + s.key_at[j], s.dv + j * Dh, bytes);
     }
 }
 
-/* Adds to the keys of d's prefix what d's queries ask of them: PANEL numbers of each, from d0 on. */
-static void add_sums(const attention *a, const document *d, int64_t kv, int64_t d0) {
-    const int64_t P = d->prefix_length, Dh = a->Dh;
-    const float *dk = a->sums + (d->sums * a->Kv + kv * P) * 2 * Dh, *dv = dk + P * Dh;
-    for (int64_t j = 0; j < P; j++)
-        for (int64_t e = d0, at = ((d->prefix + j) * a->Kv + kv) * Dh; e < d0 + PANEL; e++) {
-            a->dk[at + e] += dk[j * Dh + e];
-            a->dv[at + e] += dv[j * Dh + e];
-        }
+/* Adds them: PANEL numbers of each key, from d0 on. */
+static void add_sums(const attention *a, const piece *p, int64_t kv, int64_t d0) {
+    const int64_t n = earlier_keys(p);
+    const float *dk = sums_of(a, p, kv) + d0, *dv = dk + n * a->Dh;
+    for (int64_t j = 0; j < n; j++, dk += a->Dh, dv += a->Dh) {
+        const int64_t at = key_place(a, p, kv, j) + d0;
+        for (int64_t e = 0; e < PANEL; e++) a->dk[at + e] += dk[e], a->dv[at + e] += dv[e];
+    }
 }
 
 /* Floats of the workspace of either. */
@@ -300,7 +305,7 @@ void FOR_ISA(attention)(const attention *a) {
     const int64_t floats = forward_floats(most_keys(a), a->Dh);
 #pragma omp parallel for num_threads(a->threads) schedule(dynamic)
     for (int64_t task = 0; task < a->n * a->Kv; task++)
-        attention_forward(a, a->documents + task / a->Kv, task % a->Kv, a->workspace + THREAD * floats);
+        attention_forward(a, a->pieces + task / a->Kv, task % a->Kv, a->workspace + THREAD * floats);
 }
 
 void FOR_ISA(attention_dx)(const attention *a) {
@@ -310,10 +315,10 @@ void FOR_ISA(attention_dx)(const attention *a) {
     {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < a->n * a->Kv; task++)
-            attention_backward(a, a->documents + task / a->Kv, task % a->Kv, a->workspace + THREAD * floats);
+            attention_backward(a, a->pieces + task / a->Kv, task % a->Kv, a->workspace + THREAD * floats);
 #pragma omp for collapse(2)
         for (int64_t kv = 0; kv < a->Kv; kv++)
             for (int64_t d0 = 0; d0 < a->Dh; d0 += PANEL)
-                for (int64_t i = 0; i < a->n; i++) add_sums(a, a->documents + i, kv, d0);
+                for (int64_t i = 0; i < a->n; i++) add_sums(a, a->pieces + i, kv, d0);
     }
 }
