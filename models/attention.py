@@ -232,15 +232,6 @@ def _document_by_document(
     return torch.cat(y).view(q.shape)
 
 
-def _longest(q: Tensor, runs: Runs | None, prefixes: Sequence[int | None] | None) -> int:
-    """How many tokens the longest document has, with its prefix."""
-    if runs is None:
-        return q.shape[1]
-    lengths = [stop - start for _, start, stop in runs]
-    before = [0 if i is None else lengths[i] for i in prefixes or [None] * len(runs)]
-    return max((a + b for a, b in zip(before, lengths, strict=True)), default=0)
-
-
 def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
     """q (T, H, Dh) of the last T of S tokens, k and v (S, Kv, Dh) of all of them → (T, H, Dh)."""
     T, S = q.shape[0], k.shape[0]

@@ -86,7 +86,9 @@ class CausalAttention(torch.autograd.Function):
         q, k, v, y, lse = ctx.saved_tensors
         dq, dk, dv = (_output(t, ctx.pieces) for t in (q, k, v))
         sums = empty((ctx.pieces.earlier_keys, 2, *k.shape[2:]), k.dtype)
-        _call("attention_dx", True, ctx.pieces, q, k, v, y=y, lse=lse, dy=dy.contiguous(), dq=dq, dk=dk, dv=dv, sums=sums)
+        _call(
+            "attention_dx", True, ctx.pieces, q, k, v, y=y, lse=lse, dy=dy.contiguous(), dq=dq, dk=dk, dv=dv, sums=sums
+        )
         return dq, dk, dv, None
 
 
