@@ -3,10 +3,10 @@
      S = q kᵀ / √Dh (key ≤ query),  P = softmax(S),  y = P v                       lse = log Σ e^S, kept for backward
      dv = Pᵀ dy,  dS = P ⊙ (dy vᵀ - Σ dy ⊙ y),  dq = dS k / √Dh,  dk = dSᵀ q / √Dh
 
-   q, y and their gradients (tokens, H, Dh), k, v and theirs (tokens, Kv, Dh), lse (tokens, H). The products are those of
-   matmul_large.h: TILE_ROWS rows against panels of PANEL outputs, and nothing above the diagonal but in a tile that the
-   diagonal crosses. Nothing of T · T is kept: forward holds the scores of TILE_ROWS queries, backward dS of REDUCE queries
-   (as FlashAttention, arXiv 2205.14135, in blocks that suit a cache).
+   q, y and their gradients (tokens, H, Dh), k, v and theirs (tokens, Kv, Dh), lse (tokens, H). The products are those
+   of matmul_large.h: TILE_ROWS rows against panels of PANEL outputs, and nothing above the diagonal but in a tile that
+   the diagonal crosses. Nothing of T · T is kept: forward holds the scores of TILE_ROWS queries, backward dS of REDUCE
+   queries (as FlashAttention, arXiv 2205.14135, in blocks that suit a cache).
 
    A document may continue another one, its prefix: its keys are those of the prefix, then its own. A task is a piece of
    a document with one key-value head, and is one thread's; its queries are those of each of its tokens by every head
@@ -120,7 +120,8 @@ INLINE int64_t forward_floats(int64_t keys, int64_t Dh) {
 static void attention_forward(const attention *a, const piece *p, int64_t kv, float *start) {
     const int64_t all = keys_of(p), Dh = a->Dh, queries = p->length * (a->H / a->Kv), padded = up_to(all, PANEL);
     int64_t *key_at = (int64_t *)start, query_at[TILE_ROWS], seen[TILE_ROWS];
-    float *k_panels = start + up_to(2 * all, PANEL), *v_panels = k_panels + padded * Dh, *scores = v_panels + padded * Dh;
+    float *k_panels = start + up_to(2 * all, PANEL), *v_panels = k_panels + padded * Dh;
+    float *scores = v_panels + padded * Dh;
     float q_tile[TILE_ROWS * X_STEP], out[TILE_ROWS * PANEL], inverse[TILE_ROWS];
     for (int64_t j = 0; j < all; j++) key_at[j] = key_place(a, p, kv, j);
     pack_across(a->k, key_at, all, Dh, 1, k_panels);
@@ -188,9 +189,9 @@ INLINE int64_t backward_floats(int64_t keys, int64_t Dh, float *start, scratch *
     return at - start;
 }
 
-/* Queries i0 … i0 + n: packed in each of the two ways, with their lse and Σ dy ⊙ y. Returns how many keys the last sees. */
-static int64_t read_queries(const attention *a, const piece *p, int64_t kv, int64_t i0, int64_t n,
-                            const scratch *s) {
+/* Queries i0 … i0 + n: packed in each of the two ways, with their lse and Σ dy ⊙ y. Returns how many keys the last of
+   them sees. */
+static int64_t read_queries(const attention *a, const piece *p, int64_t kv, int64_t i0, int64_t n, const scratch *s) {
     const int64_t Dh = a->Dh;
     const float scale = 1 / sqrtf((float)Dh);
     int64_t seen[REDUCE];
@@ -208,8 +209,8 @@ static int64_t read_queries(const attention *a, const piece *p, int64_t kv, int6
     return seen[n - 1];
 }
 
-/* Keys j0 … of a tile against queries `first` … n, the first of which see them: P and dS of this tile, [key][query];
-   then dk and dv. */
+/* Keys j0 … of a tile against queries `first` … n, a whole number of panels on from 0: P and dS of this tile,
+   [key][query]; then dk and dv. dS of the panel before, none of which sees them, may be read too, and is set to 0. */
 static void backward_tile(const attention *a, const float *k_tile, const float *v_tile, int64_t j0, int64_t keys,
                           int64_t first, int64_t n, const scratch *s) {
     const int64_t Dh = a->Dh;
@@ -257,8 +258,8 @@ INLINE float *sums_of(const attention *a, const piece *p, int64_t kv) {
 }
 
 static void attention_backward(const attention *a, const piece *p, int64_t kv, float *start) {
-    const int64_t all = keys_of(p), earlier = earlier_keys(p), Dh = a->Dh, group = a->H / a->Kv, queries = p->length * group;
-    const int64_t padded = up_to(all, TILE_ROWS);
+    const int64_t all = keys_of(p), earlier = earlier_keys(p), padded = up_to(all, TILE_ROWS), Dh = a->Dh;
+    const int64_t group = a->H / a->Kv, queries = p->length * group;
     const size_t bytes = 4 * (size_t)Dh;
     float k_tile[TILE_ROWS * X_STEP], v_tile[TILE_ROWS * X_STEP];
     scratch s;
@@ -269,7 +270,8 @@ static void attention_backward(const attention *a, const piece *p, int64_t kv, f
     for (int64_t i0 = 0; i0 < queries; i0 += REDUCE) {
         const int64_t n = smaller(REDUCE, queries - i0), seen = read_queries(a, p, kv, i0, n, &s);
         for (int64_t j0 = 0; j0 < seen; j0 += TILE_ROWS) {
-            const int64_t keys = smaller(TILE_ROWS, all - j0), blind = (j0 - earlier) * group - i0; /* queries before key j0 */
+            const int64_t keys = smaller(TILE_ROWS, all - j0);
+            const int64_t blind = (j0 - earlier) * group - i0; /* of these queries, how many do not see key j0 */
             copy_rows(a->k, s.key_at + j0, keys, Dh, 1, k_tile);
             copy_rows(a->v, s.key_at + j0, keys, Dh, 1, v_tile);
             backward_tile(a, k_tile, v_tile, j0, keys, blind > 0 ? blind / PANEL * PANEL : 0, n, &s);

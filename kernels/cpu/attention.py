@@ -13,6 +13,7 @@ from ..buffers import empty, empty_like
 from .library import load, why_missing, why_not, workspace
 
 WIDTH, WIDEST = 32, 288  # head sizes served: multiples of a panel, up to what a tile holds
+SHORT = 32  # tokens
 PIECE, MOST_PIECES = 256, 4  # a document is cut, so that threads share it, into no smaller pieces and no more
 
 Runs = tuple[tuple[int, int, int], ...] | None
@@ -31,14 +32,14 @@ class CAttention(ctypes.Structure):
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, runs: Runs, prefixes: Prefixes) -> bool:
-    """Whether causal_attention takes these. Torch's is as good for short rows of one document each, and where C would
-    leave half of the threads or more without a task."""
+    """Whether causal_attention takes these. Torch's is as good for short rows of one document each, and better where C
+    would leave more than half of the threads without a task."""
     B, T, _, Dh = q.shape
     fits = k.shape == v.shape and k.shape[:2] == q.shape[:2] and Dh % WIDTH == 0 and Dh <= WIDEST
     if not fits or why_missing() or why_not((torch.float32,), q, k, v, strided=True):
         return False
     tasks = len(cut(B, T, runs, prefixes).table) * k.shape[2]
-    return (runs is not None or T >= WIDTH) and 2 * tasks >= torch.get_num_threads()
+    return (runs is not None or T >= SHORT) and 2 * tasks >= torch.get_num_threads()
 
 
 class Pieces(NamedTuple):
