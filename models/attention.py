@@ -12,8 +12,9 @@ files that store them so are permuted when read.
 
 A token attends to the tokens of its own document (an equal, non-zero segment id) at positions up to its own; in a
 layer with a sliding window (Mistral 7B, arXiv 2310.06825) only to the last W of them, its own position included.
-`attention_reference` says so with a mask of T·S booleans. The fast path holds none: causal attention over a row needs
-no mask when the row is one document with padding on its right, since no token looks right; rows that hold several
+`attention_reference` says so with a mask of T·S booleans. The fast paths hold none. Where a kernel serves
+(kernels/attention.py) it takes all documents of all rows in one call. Elsewhere causal attention over a row needs no
+mask when the row is one document with padding on its right, since no token looks right; rows that hold several
 documents take one call a document (a masked call was measured 9 to 13 times slower). A document longer than W is cut
 into chunks of at least W tokens: a chunk attends to itself and to the chunk before it through one mask that all chunks
 and layers share, so that no T·T of anything exists. Documents may share their beginning, as the completions of one
@@ -192,8 +193,25 @@ def causal_attention(
     runs is what document_runs returned; with runs, padding gets zeros. prefixes is what prefix_runs returned: a
     document's tokens attend to the whole of its prefix too, as if they stood right behind it.
     """
+    if window is None or _longest(q, runs, prefixes) <= window.window:
+        served = kernels.attention.causal_attention(q, k, v, runs, prefixes)
+        if served is not None:
+            return served
+    return _causal(q, k, v, window) if runs is None else _document_by_document(q, k, v, runs, window, prefixes)
+
+
+def _longest(q: Tensor, runs: Runs | None, prefixes: Sequence[int | None] | None) -> int:
+    """How many tokens the longest document has, with its prefix."""
     if runs is None:
-        return _causal(q, k, v, window)
+        return q.shape[1]
+    lengths = [stop - start for _, start, stop in runs]
+    before = [0 if i is None else lengths[i] for i in prefixes or [None] * len(runs)]
+    return max((a + b for a, b in zip(before, lengths, strict=True)), default=0)
+
+
+def _document_by_document(
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs, window: Band | None, prefixes: Sequence[int | None] | None
+) -> Tensor:
     T, sizes, done = q.shape[1], [], 0
     for row, start, stop in runs:
         sizes += [row * T + start - done, stop - start]  # padding since the last document, and a document
@@ -226,10 +244,6 @@ def _continued(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, window: Band | None) -> Tensor:
     """One document a row, in order."""
-    if window is None or q.shape[1] <= window.window:
-        y = kernels.attention.causal_attention(q, k, v)
-        if y is not None:
-            return y
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if window is None or q.shape[2] <= window.window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+import kernels
+from kernels.cpu import library
+from models import Decoder
+from tests.accuracy import assert_as_accurate_as
 from tests.small_llama import EVERY, small_decoder
 
 PROMPT, ENDS = 7, (1, 9, 4)
@@ -44,6 +51,28 @@ def test_a_shared_beginning_gives_the_logits_and_gradients_of_copies(setting: st
     largest = max(b.norm() for b in apart)  # a gradient of 0 is no scale: of q and k under a window of one
     for a, b in zip(together, apart, strict=True):
         assert (a - b).norm() <= 64 * eps * (b.norm() if b.norm() > 1e-6 * largest else largest)
+
+
+@pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_shared_beginning_through_the_kernel(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 one call of the kernel takes the row: as accurate as document by document, and nothing else is called."""
+    model = small_decoder(head_dim=32)
+    model.gradient_checkpointing = checkpointing
+    row = shared_row(torch.randint(0, 96, (PROMPT,)), [torch.randint(0, 96, (n,)) for n in ENDS])
+
+    def logits_and_gradients(model: Decoder) -> list[Tensor]:
+        logits = model(**row)
+        gradients = torch.autograd.grad(logits.double().square().mean(), list(model.parameters()))  # type: ignore[arg-type]
+        return [logits.detach(), torch.cat([g.flatten() for g in gradients])]
+
+    exact = logits_and_gradients(copy.deepcopy(model).double())
+    with kernels.use_backend("reference"):
+        apart = logits_and_gradients(model)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # for more, its few documents would be left to torch
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    for a, b, wide in zip(logits_and_gradients(model), apart, exact, strict=True):
+        assert_as_accurate_as(b, a, wide.double())
 
 
 @pytest.mark.parametrize(

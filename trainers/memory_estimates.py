@@ -3,14 +3,14 @@
 Kept for backward, a token and layer, with s bytes an activation (elementwise.py, recompute.py, lora_matmul.py):
 
     inputs of both norms                  2·D·s + 8             and their 1/rms; what they return is computed again
-    q, k, v after rope, and the output    (2·H + 2·Kv)·Dh·s     scaled_dot_product_attention keeps all four
+    q, k, v after rope, and the output    (2·H + 2·Kv)·Dh·s     attention keeps all four
     its log-sum-exp                       4·H
     gate and up                           2·I·s                 their product is computed again
     x · Aᵀ of each adapter                n·r·s
 
-Rows of several documents (dpo, orpo and grpo put all rows into one) copy the attention's output: H·Dh·s more. A
-completion behind a shared prompt has its own copy of that prompt's keys and values. Gradient checkpointing keeps D·s a
-layer; backward then holds one layer whole, its norms' outputs among it.
+Rows of several documents (dpo, orpo and grpo put all rows into one) copy the attention's output where no kernel takes
+them whole: H·Dh·s more; a completion behind a shared prompt then has its own copy of that prompt's keys and values.
+Gradient checkpointing keeps D·s a layer; backward then holds one layer whole, its norms' outputs among it.
 
     D hidden_size, H heads, Kv key-value heads, Dh head_dim, I intermediate_size, r rank, n target modules, V vocabulary
     M tokens that are predicted, m of them in a chunk
@@ -30,7 +30,7 @@ def activations(config: DecoderConfig, setup: Setup) -> int:
     s, D = setup.itemsize, config.hidden_size
     each = D * s if setup.gradient_checkpointing else _a_layer(config, setup)
     kept = setup.tokens * (config.num_hidden_layers * each + 2 * D * s)  # the last norm's input and output
-    if setup.trainer == "grpo" and not setup.gradient_checkpointing:
+    if not setup.gradient_checkpointing:
         kept += config.num_hidden_layers * _copied_prompts(config, setup)
     return kept
 
@@ -82,8 +82,8 @@ def sampling(config: DecoderConfig, setup: Setup) -> tuple[int, int]:
 def _a_layer(config: DecoderConfig, setup: Setup) -> int:
     """Bytes that one layer keeps for one token."""
     s, D, H = setup.itemsize, config.hidden_size, config.num_attention_heads
-    packed = setup.trainer in ("dpo", "orpo", "grpo")
-    heads = (3 if packed else 2) * H + 2 * config.num_key_value_heads
+    copied = setup.trainer in ("dpo", "orpo", "grpo") and not _taken_whole(config, setup)
+    heads = (3 if copied else 2) * H + 2 * config.num_key_value_heads
     adapters = len(setup.targets) * setup.r * s if setup.method != "full" else 0
     return 2 * D * s + 8 + heads * config.head_dim * s + 4 * H + 2 * config.intermediate_size * s + adapters
 
@@ -92,11 +92,20 @@ def _whole_layer(config: DecoderConfig, setup: Setup) -> int:
     """What recomputing a layer holds beside SwiGLU's workspace: norms' outputs too, but one input less."""
     s, D, inner = setup.itemsize, config.hidden_size, config.intermediate_size
     kept = setup.tokens * (_a_layer(config, setup) + D * s - (2 * inner * s if s == 2 else 0))
-    return kept + (_copied_prompts(config, setup) if setup.trainer == "grpo" else 0)
+    return kept + _copied_prompts(config, setup)
+
+
+def _taken_whole(config: DecoderConfig, setup: Setup) -> bool:
+    """Whether a kernel takes rows of several documents (kernels/cpu/attention.py)."""
+    windows = [window for window in config.windows if window is not None]
+    fits = config.head_dim % 32 == 0 and all(window >= setup.sequence_length for window in windows)
+    return fits and setup.dtype == "fp32" and not setup.on_gpu
 
 
 def _copied_prompts(config: DecoderConfig, setup: Setup) -> int:
     """Of one layer: each completion's keys and values with its prompt's before them, and its mask."""
+    if setup.trainer != "grpo" or _taken_whole(config, setup):
+        return 0
     L = setup.max_completion_length - 1
     S = setup.sequence_length - 1
     kv = 2 * config.num_key_value_heads * config.head_dim * setup.itemsize
