@@ -79,6 +79,16 @@ def lora_matmul(
     return run(x, base, adapters, bias, row_scale)
 
 
+def narrow(x: Tensor, A: Tensor) -> Tensor:
+    """x (M, K) · Aᵀ → (M, r), A (r, K)."""
+    return x @ A.T
+
+
+def outer(h: Tensor, x: Tensor) -> Tensor:
+    """hᵀ · x → (r, K), h (M, r), x (M, K): the outer products of their rows, summed."""
+    return h.T @ x
+
+
 class Products(NamedTuple):
     """What a backend brings: the two products with low-rank terms in them. low and up are None without terms."""
 
@@ -86,6 +96,8 @@ class Products(NamedTuple):
     """(x (…, K), base (N, K), bias, low (M, Σr), up (N, Σr)) → x · Wᵀ + low · upᵀ + bias"""
     backward: Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor]
     """(dy (…, N), base (N, K), low (M, Σr), up (Σr, K)) → dy · W + low · up"""
+    narrow: Callable[[Tensor, Tensor], Tensor] = narrow
+    outer: Callable[[Tensor, Tensor], Tensor] = outer
 
 
 @register("lora_matmul", "reference")
@@ -159,7 +171,8 @@ class _LoRAMatmul(torch.autograd.Function):
         *terms: Tensor | None,
     ) -> Tensor:
         As, Bs, own = terms[0::3], terms[1::3], terms[2::3]
-        lows = [_rows(x if x_i is None else x_i) @ A.to(x.dtype).T for A, x_i in zip(As, own, strict=True)]  # type: ignore[union-attr]
+        inputs = [_rows(x if x_i is None else x_i) for x_i in own]
+        lows = [products.narrow(x_i, A.to(x.dtype)) for A, x_i in zip(As, inputs, strict=True)]  # type: ignore[union-attr]
         ctx.products, ctx.scalings, ctx.backend = products, scalings, captured_backend()
         ctx.q = base if isinstance(base, QuantizedTensor) else None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -175,13 +188,14 @@ class _LoRAMatmul(torch.autograd.Function):
         _, _, wants_x, wants_base, wants_bias, *wants = ctx.needs_input_grad
         dy = dy.contiguous()  # attention's gradients are not, and each of its users would copy it
         dy_rows = _rows(dy)
-        highs = [dy_rows @ sB for sB in _scaled(ctx.scalings, Bs, dy.dtype)]
+        narrow, outer = ctx.products.narrow, ctx.products.outer
+        highs = [narrow(dy_rows, sB.T.contiguous()) for sB in _scaled(ctx.scalings, Bs, dy.dtype)]
 
         grads: list[Tensor | None] = []
         for i, (s, A, B, x_i) in enumerate(zip(ctx.scalings, As, Bs, own, strict=True)):
             wants_A, wants_B, wants_own = wants[3 * i : 3 * i + 3]
-            grads.append((highs[i].T @ _rows(x if x_i is None else x_i)).to(A.dtype) if wants_A else None)
-            grads.append((dy_rows.T @ lows[i]).to(B.dtype).mul_(s) if wants_B else None)
+            grads.append(outer(highs[i], _rows(x if x_i is None else x_i)).to(A.dtype) if wants_A else None)
+            grads.append(outer(lows[i], dy_rows).T.to(B.dtype).mul(s) if wants_B else None)
             grads.append((highs[i] @ A.to(dy.dtype)).view_as(x_i) if wants_own else None)
 
         dx = d_base = None

@@ -55,7 +55,7 @@ static void next_rows(const decode_step *s, const float *added, const float *gai
 
 /* y (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias. */
 static void linear_rows(const decode_step *s, const projection *p, const float *x, float *y, float *low, float *rest) {
-    low_rows(x, p->down, s->R, p->r, p->K, low, s->threads);
+    if (p->r) FOR_ISA(narrow)(x, p->down, s->R, p->r, p->K, low, s->threads);
     const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
     FOR_ISA(matmul)(&single);
 }

@@ -1,5 +1,5 @@
 /* dense.h: x · Wᵀ for a dense weight in bf16 or fp32 under fp32 activations, where the weight is read as it lies: the head
-   of a few rows in decoding, and x · Aᵀ of an adapter. Included by kernels.c alone.
+   of a few rows in decoding, and an adapter (low_rank.h). Included by kernels.c alone.
 
    A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together. */
 
@@ -53,16 +53,4 @@ void FOR_ISA(dense_bf16)(const float *x, const uint16_t *w, int64_t M, int64_t N
         for (int64_t m = 0; m < M; m += TILE_M)
             for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N)
                 dense_rows(x + m * K, w, BF16, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
-}
-
-/* low (M, r) = x (M, K) · Aᵀ, all fp32; as above, for any r. */
-static void low_rows(const float *x, const float *A, int64_t M, int64_t r, int64_t K, float *low, int threads) {
-    const int64_t whole = r / TILE_N * TILE_N;
-#pragma omp parallel for num_threads(threads) schedule(static) if (M * r > 64)
-    for (int64_t m = 0; m < M; m += TILE_M) {
-        for (int64_t n = 0; n < whole; n += TILE_N)
-            dense_rows(x + m * K, A, FP32, n * K, K, low + m * r + n, r, smaller(TILE_M, M - m));
-        for (int64_t i = m; i < smaller(M, m + TILE_M); i++)
-            for (int64_t n = whole; n < r; n++) low[i * r + n] = dot(x + i * K, A + n * K, K);
-    }
 }

@@ -15,6 +15,7 @@
 #include "matmul_large.h"
 #include "matmul_small.h"
 #include "dense.h"
+#include "low_rank.h"
 #include "attention.h"
 
 void FOR_ISA(matmul)(const product *p) {

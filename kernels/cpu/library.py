@@ -71,6 +71,8 @@ class Library:
             "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
             "softmax_blocks": (None, [p, n, n, c_float, n, p, p, p, i]),
             "dense_bf16": (None, [p, p, n, n, n, p, i]),
+            "narrow": (None, [p, p, n, n, n, p, i]),
+            "outer": (None, [p, p, n, n, n, p, i]),
             "attention_floats": (c_int64, [p, i]),
             "attention": (None, [p]),
             "attention_dx": (None, [p]),
@@ -99,6 +101,8 @@ class Library:
     softmax_slope: "ctypes._NamedFuncPointer"
     softmax_blocks: "ctypes._NamedFuncPointer"
     dense_bf16: "ctypes._NamedFuncPointer"
+    narrow: "ctypes._NamedFuncPointer"
+    outer: "ctypes._NamedFuncPointer"
     attention_floats: "ctypes._NamedFuncPointer"
     attention: "ctypes._NamedFuncPointer"
     attention_dx: "ctypes._NamedFuncPointer"
