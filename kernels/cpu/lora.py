@@ -19,6 +19,7 @@ from ..lora_matmul import LoRATerm, Products, composed, lora_matmul_reference, n
 from .library import load, why_not
 from .operations import matmul_cpu, matmul_dx_cpu, why_not_product
 
+ROWS = 64  # with fewer torch's products are as fast
 PANEL = 32  # columns: a multiple of what low_rank.h takes at a time
 
 # Its logits come from lora_matmul, a chunk at a time: what is to be fast in it is there.
@@ -28,7 +29,7 @@ register("grouped_lora_matmul", "cpu")(grouped_lora_matmul_reference)
 
 def narrow_cpu(x: Tensor, A: Tensor) -> Tensor:
     """As kernels.lora_matmul.narrow."""
-    if why_not((torch.float32,), x, A):
+    if len(x) < ROWS or why_not((torch.float32,), x, A):
         return narrow(x, A)
     (M, K), r = x.shape, len(A)
     y = torch.empty(M, r)
@@ -38,7 +39,7 @@ def narrow_cpu(x: Tensor, A: Tensor) -> Tensor:
 
 def outer_cpu(h: Tensor, x: Tensor) -> Tensor:
     """As kernels.lora_matmul.outer."""
-    if why_not((torch.float32,), h, x) or x.shape[1] % PANEL or not len(x):
+    if len(x) < ROWS or x.shape[1] % PANEL or why_not((torch.float32,), h, x):
         return outer(h, x)
     (M, r), K = h.shape, x.shape[1]
     y = torch.empty(r, K)
