@@ -5,13 +5,15 @@
 Arms take turns in one process, from the same 4-bit codes. In eval mode and on processors with AVX512-BF16, bitsandbytes
 repacks its weights and multiplies in bf16, whatever its compute dtype says; in train mode it multiplies in fp32, as we
 do. Both are timed. Before any time counts, our logits must agree with the latter's; `same` then says how many
-completions are its to the last id. Columns of the CSV:
+completions are its to the last id. Where llama-cpp-python is installed, llama.cpp decodes one prompt too, from the
+GGUF file as it is: the same model in other 4 bits (Q4_1). Columns of the CSV:
 
     tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
     prefill_ms          from the call to the first tokens
     head_kl, head_top   of a head in fewer bits against the dense one, over the same hidden states (prompts with their
                         greedy completions): mean KL in nats, share of positions with the same likeliest token
     ratio, ratio_fp32   tokens_per_second over that of the peer as it comes, and in fp32, in the same round: median
+    ratio_llama         the same over llama.cpp's, where it ran
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,13 @@ from data.tasks import make_split
 from kernels import describe_backends
 from lora import LoRAConfig, add_adapter, merge_adapter
 from models import Decoder, generate, load_model, load_tokenizer, save_model
+from models.builtin import builtin_path
 
 MODEL, PROMPT, RANK = "smollm2-135m", 40, 16
 PEER, PEER_FP32 = "transformers + bitsandbytes", "transformers + bitsandbytes, in fp32"
+LLAMA = "llama.cpp"
+PEERS = {"transformers": "transformers", "bitsandbytes": "bitsandbytes", "llama_cpp": "llama-cpp-python"}
+"""Module → package: those that are installed are named in every row."""
 Ids = list[list[int]]
 Run = Callable[[Ids, int], tuple[Ids, list[float]]]
 """(prompts, new tokens) → completions, and the time at which each token of the first row came"""
@@ -59,7 +66,8 @@ def main() -> None:
             models = {name: peer_run(model) for name, model in theirs.items()} | models
         rows = []
         for batch in map(int, args.batches.split(",")):
-            rows += compare(models, prompts(batch), args.tokens, args.rounds)
+            also = {LLAMA: llama_run()} if batch == 1 and not args.no_peer and find_spec("llama_cpp") else {}
+            rows += compare(models | also, prompts(batch), args.tokens, args.rounds)
         found = head_quality(arms, prompts(32), args.tokens)
     rows = [row | found.get(row["arm"], {"head_kl": "", "head_top": ""}) for row in rows]
     write_rows("decode", rows, key="key")
@@ -134,6 +142,25 @@ def peer_run(model: Any) -> Run:
     return run
 
 
+def llama_run() -> Run:
+    """llama.cpp over the GGUF file of the built-in model, for one prompt."""
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(str(builtin_path(MODEL)), n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False)
+
+    def run(prompts: Ids, n: int) -> tuple[Ids, list[float]]:
+        (prompt,), ids, times = prompts, [], []
+        for token in model.generate(prompt, temp=0.0):
+            times.append(time.perf_counter())
+            ids.append(token)
+            if len(ids) == n:
+                break
+        return [ids], times
+
+    return run
+
+
 def gate(model: Decoder, theirs: Any) -> None:
     """Raises ValueError unless the logits agree, within 1e-3 of their scale: both compute in fp32."""
     ids = torch.tensor(prompts(4))
@@ -182,7 +209,7 @@ def row_of(
     return {
         "key": f"{batch}/{name}",
         "arm": name,
-        "peer_versions": ", ".join(f"{peer} {version(peer)}" for peer in ("transformers", "bitsandbytes")),
+        "peer_versions": ", ".join(f"{p} {version(p)}" for module, p in PEERS.items() if find_spec(module)),
         "backend": describe_backends()["cpu"].partition(":")[0],
         "batch": batch,
         "prompt_tokens": PROMPT,
@@ -194,6 +221,7 @@ def row_of(
         "rounds": len(taken),
         "ratio": ratio(speeds[name], speeds.get(PEER)),
         "ratio_fp32": ratio(speeds[name], speeds.get(PEER_FP32)),
+        "ratio_llama": ratio(speeds[name], speeds.get(LLAMA)),
         "same": sum(a == b for a, b in zip(completions[name], wanted, strict=True)),
     }
 

@@ -10,7 +10,9 @@ turns. Columns of the CSV:
     seconds             of the iterations after the first: sampling, rewards, forward, backward, optimizer
     peak_process_bytes  peak resident memory of the process, Python, libraries and loading included
 
-`--forward` is how many completions a forward of training holds, the same on both sides; TRL's own default is 8.
+`--forward` is how many completions a forward of training holds, the same on both sides; TRL's own default is 8. TRL
+also runs with all completions in one forward, its plainest form of one update; the gradient is the same.
+`time_ratio` and `memory_ratio` are over TRL's at `--forward`, `…_whole` over TRL's with all in one.
 TRL samples in train mode, where bitsandbytes multiplies in fp32, as ours does (benchmarks/bench_decode.py).
 """
 
@@ -183,26 +185,28 @@ def in_a_process(who: str, base: Path, case: Case, iterations: int) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(who: list[str], case: Case, rounds: int, iterations: int) -> list[dict[str, Any]]:
+def compare(arms: list[tuple[str, Case]], rounds: int, iterations: int) -> list[dict[str, Any]]:
     """A row for each arm: the median over all rounds, and ratios to the peer's where it ran."""
     from models import load_model, load_tokenizer, save_model
 
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in who}
+    found: dict[tuple[str, Case], list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         save_model(load_model("smollm2-135m"), base, tokenizer=load_tokenizer("smollm2-135m"))
         for _ in range(rounds):
-            for name in who:
-                found[name].append(in_a_process(name, base, case, iterations))
-    rows = [summary(name, runs, case) for name, runs in found.items()]
+            for who, case in arms:
+                found[who, case].append(in_a_process(who, base, case, iterations))
+    rows = [summary(*arm, runs) for arm, runs in found.items()]
+    theirs = [row for row in rows if row["arm"] == PEER]
     for row in rows:
-        theirs = next((other for other in rows if other["arm"] == PEER), None)
-        for ratio, column in (("time_ratio", "seconds"), ("memory_ratio", "peak_process_bytes")):
-            row[ratio] = round(row[column] / theirs[column], 3) if theirs else ""
+        row |= {"time_ratio": "", "memory_ratio": "", "time_ratio_whole": "", "memory_ratio_whole": ""}
+        for peer_row, suffix in zip(theirs, ("", "_whole"), strict=False):
+            row[f"time_ratio{suffix}"] = round(row["seconds"] / peer_row["seconds"], 3)
+            row[f"memory_ratio{suffix}"] = round(row["peak_process_bytes"] / peer_row["peak_process_bytes"], 3)
     return rows
 
 
-def summary(who: str, runs: list[dict[str, Any]], case: Case) -> dict[str, Any]:
+def summary(who: str, case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = sorted(s for run in runs for s in run["seconds"])
     p20, p80 = (seconds[round(q * (len(seconds) - 1))] for q in (0.2, 0.8))
     return {
@@ -236,7 +240,10 @@ def main() -> None:
         print(json.dumps(measure(*json.loads(args.arm))))
         return
     case = Case(args.prompts, args.generations, args.tokens, args.forward)
-    write_rows("grpo", compare(args.arms, case, args.rounds, args.iterations), key="key")
+    whole = case._replace(forward=case.prompts * case.generations)
+    arms = [("ours", case)] if "ours" in args.arms else []
+    arms += [("peer", case), ("peer", whole)] if "peer" in args.arms else []
+    write_rows("grpo", compare(list(dict.fromkeys(arms)), args.rounds, args.iterations), key="key")
 
 
 if __name__ == "__main__":

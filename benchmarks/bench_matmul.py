@@ -2,6 +2,9 @@
 
 forward          y = x · Ŵᵀ
 forward and dx   and dx = dy · Ŵ after it; bitsandbytes' is what its backward does, dy @ dequantize_4bit(W)
+
+A time is that of one product in a pass over `--weights` weights of one shape, one after another as a model has them: more
+than the caches hold. (One call alone, after the other arms', is a quarter Python at M = 1: its code has left them.)
 """
 
 from collections.abc import Callable
@@ -30,22 +33,23 @@ def main() -> None:
     flags = parser(__doc__ or "", shapes="4096x4096")
     flags.add_argument("--rows", default="1,8,64,512", help="M: rows of x")
     flags.add_argument("--passes", default="forward,forward and dx")
+    flags.add_argument("--weights", type=int, default=8, help="that a pass goes over")
     args = flags.parse_args()
     dtype = DTYPES[args.dtype]
     rows = []
     for N, K in shapes_of(args.shapes):
-        q = kernels.quantize(torch.randn(N, K), double_quant=not args.no_double_quant)
-        weight = kernels.dequantize(q, dtype)
+        qs = [kernels.quantize(torch.randn(N, K), double_quant=not args.no_double_quant) for _ in range(args.weights)]
+        layers = [products(q, kernels.dequantize(q, dtype), args.no_peer) for q in qs]
         for M in map(int, args.rows.split(",")):
             x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-            gate(x, dy, q)
+            gate(x, dy, qs[0])
             for passes in args.passes.split(","):
-                arms = {
-                    name: both(forward, dx, x, dy) if passes == "forward and dx" else with_no_grad(forward, x)
-                    for name, (forward, dx) in products(q, weight, args.no_peer).items()
-                }
-                case = {"M": M, "N": N, "K": K, "dtype": args.dtype, "double_quant": q.double_quant, "passes": passes}
-                rows += rows_of(case, take_turns(arms, args.rounds), "dense torch")
+                arms = {name: a_pass([layer[name] for layer in layers], x, dy, passes) for name in layers[0]}
+                times = take_turns(arms, args.rounds)
+                each = {name: [t / len(layers) for t in taken] for name, taken in times.items()}
+                double_quant = qs[0].double_quant
+                case = {"M": M, "N": N, "K": K, "dtype": args.dtype, "double_quant": double_quant, "passes": passes}
+                rows += rows_of(case, each, "dense torch")
     write_rows("matmul", rows, key="key")
 
 
@@ -72,19 +76,15 @@ def products(q: QuantizedTensor, weight: Tensor, no_peer: bool) -> dict[str, tup
     return arms
 
 
-def with_no_grad(forward: Product, x: Tensor) -> Callable[[], None]:
+def a_pass(layers: list[tuple[Product, Product]], x: Tensor, dy: Tensor, passes: str) -> Callable[[], None]:
+    """Every layer's product of the same x, and of dy where `passes` asks for it."""
+
     def run() -> None:
         with torch.no_grad():
-            forward(x)
-
-    return run
-
-
-def both(forward: Product, dx: Product, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.no_grad():
-            forward(x)
-            dx(dy)
+            for forward, dx in layers:
+                forward(x)
+                if passes == "forward and dx":
+                    dx(dy)
 
     return run
 

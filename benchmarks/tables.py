@@ -79,8 +79,11 @@ TABLES: dict[str, dict[str, Column]] = {
         "tokens/s": rounded("tokens_per_second"),
         "speed ×": plain("ratio"),
         "× in fp32": plain("ratio_fp32"),
+        "× llama.cpp": lambda row: row.get("ratio_llama", ""),
         "first token, ms": plain("prefill_ms"),
-        "equal completions": lambda row: "" if "adapter" in row["arm"] else f"{row['same']} of {row['batch']}",
+        "equal completions": lambda row: (
+            "" if "adapter" in row["arm"] or row["arm"] == "llama.cpp" else f"{row['same']} of {row['batch']}"
+        ),
     },
     "grpo": {
         "GRPO iteration": plain("arm"),
@@ -89,6 +92,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "time ×": fixed("time_ratio", 2),
         "peak memory": gigabytes("peak_process_bytes"),
         "memory ×": fixed("memory_ratio", 2),
+        "time × (64)": fixed("time_ratio_whole", 2),
+        "memory × (64)": fixed("memory_ratio_whole", 2),
     },
     "distill": {
         "student": plain("student"),

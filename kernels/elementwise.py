@@ -1,7 +1,8 @@
 """elementwise: RMSNorm, SwiGLU, rope and the sums of sampling in one pass over memory, where a kernel serves.
 
-models/elementwise.py and models/sampling.py are the definition, in tensor operations. There each is a handful of passes over memory, and a
-tensor of activations is larger than the caches. The C kernels (kernels/cpu/elementwise.h) read every number once.
+models/elementwise.py and models/sampling.py are the definition, in tensor operations. There each is a handful of passes
+over memory, and a tensor of activations is larger than the caches. The C kernels (kernels/cpu/elementwise.h) read every
+number once.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class OnePass(NamedTuple):
     rope: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
     """(x (B, T, H, Dh), cos and sin fp32 (B or 1, T, 1, Dh/2), backwards) → x turned, or turned back"""
     softmax_blocks: Callable[[Tensor, float, int], tuple[Tensor, Tensor, Tensor]]
-    """(z fp32 (R, V), temperature, block) → largest (R, 1), log of the sum (R, 1), share of each block (R, V / block)"""
+    """(logits fp32 (R, V), temperature, block) → largest and log_total (R, 1), each block's share (R, V / block)"""
 
 
 def one_pass(*tensors: Tensor) -> OnePass | None:

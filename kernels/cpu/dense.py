@@ -1,7 +1,7 @@
-"""dense: the product with a dense weight, in fp32 or bf16, under fp32 activations: the head, in the loss and in decoding.
+"""dense: the product with a dense weight in fp32 or bf16, under fp32 activations: the head, in loss and decoding.
 
-    few rows        dense.h: the weight is read once, as it lies
-    more rows       matmul_large.h: a tile of it at a time is copied into the cache, as a quantized one is decoded
+few rows        dense.h: the weight is read once, as it lies
+more rows       matmul_large.h: a tile of it at a time is copied into the cache, as a quantized one is decoded
 """
 
 import ctypes
@@ -18,7 +18,12 @@ GROUP = 32  # of N and K: whole vectors, in every instruction set
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes these: x fp32 (M, K), weight fp32 or bf16 (N, K). One row of fp32 is as fast in torch."""
     N, K = weight.shape
-    if N % GROUP or K % GROUP or len(x) < (1 if weight.dtype == torch.bfloat16 else 2) or type(weight.data) is not Tensor:
+    if (
+        N % GROUP
+        or K % GROUP
+        or len(x) < (1 if weight.dtype == torch.bfloat16 else 2)
+        or type(weight.data) is not Tensor
+    ):
         return False
     served = (torch.float32, torch.bfloat16)
     return not (why_missing() or why_not((torch.float32,), x) or why_not(served, weight))
