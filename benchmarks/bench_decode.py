@@ -151,6 +151,7 @@ def llama_run() -> Run:
 
     def run(prompts: Ids, n: int) -> tuple[Ids, list[float]]:
         (prompt,), ids, times = prompts, [], []
+        model.reset()  # else it keeps the keys and values of the prompt
         for token in model.generate(prompt, temp=0.0):
             times.append(time.perf_counter())
             ids.append(token)

@@ -3,8 +3,8 @@
 forward          y = x · Ŵᵀ
 forward and dx   and dx = dy · Ŵ after it; bitsandbytes' is what its backward does, dy @ dequantize_4bit(W)
 
-A time is that of one product in a pass over `--weights` weights of one shape, one after another as in a model: more than
-the caches hold. (One call alone, after the other arms', is a quarter Python at M = 1: its code has left them.)
+A time is that of one product in a pass over `--weights` weights of one shape, one after another as in a model: more
+than the caches hold. (One call alone, after the other arms', is a quarter Python at M = 1: its code has left them.)
 """
 
 from collections.abc import Callable
