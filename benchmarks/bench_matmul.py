@@ -4,7 +4,8 @@ forward          y = x · Ŵᵀ
 forward and dx   and dx = dy · Ŵ after it; bitsandbytes' is what its backward does, dy @ dequantize_4bit(W)
 
 A time is that of one product in a pass over `--weights` weights of one shape, one after another as in a model: more
-than the caches hold. (One call alone, after the other arms', is a quarter Python at M = 1: its code has left them.)
+than the caches hold. One product before it is untimed, and wakes the threads: alone, after the other arms', a call at
+M = 1 is a quarter Python, whose code has left the caches.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,8 @@ def main() -> None:
             gate(x, dy, qs[0])
             for passes in args.passes.split(","):
                 arms = {name: a_pass([layer[name] for layer in layers], x, dy, passes) for name in layers[0]}
-                times = take_turns(arms, args.rounds)
+                first = {name: a_pass([layers[-1][name]], x, dy, passes) for name in arms}
+                times = take_turns(arms, args.rounds, before=first)
                 each = {name: [t / len(layers) for t in taken] for name, taken in times.items()}
                 double_quant = qs[0].double_quant
                 case = {"M": M, "N": N, "K": K, "dtype": args.dtype, "double_quant": double_quant, "passes": passes}

@@ -39,12 +39,23 @@ def shapes_of(text: str) -> list[tuple[int, int]]:
     return [(int(n), int(k)) for n, k in (shape.split("x") for shape in text.split(","))]
 
 
-def take_turns(arms: dict[str, Callable[[], Any]], rounds: int, *, pause: float = 0.0) -> dict[str, list[float]]:
-    """Milliseconds of every round of every arm. pause: seconds before each, in which OpenMP's threads stop spinning."""
+def take_turns(
+    arms: dict[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    pause: float = 0.0,
+    before: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every round of every arm. pause: seconds before each, in which OpenMP's threads stop spinning.
+
+    before: what each arm does first, untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(WARM_UP + rounds):
         for name, run in arms.items():
             time.sleep(pause)
+            if before:
+                before[name]()
             start = time.perf_counter()
             run()
             if turn >= WARM_UP:

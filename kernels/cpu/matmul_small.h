@@ -4,7 +4,7 @@
    registers and are multiplied with every row at once. A scale multiplies its block's sums and not each weight. A row's
    result is the same to the bit with any other rows beside it. */
 
-enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 4096 };
+enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 2048 };
 
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
 INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / SMALL_GROUP * SMALL_GROUP; }
