@@ -166,7 +166,7 @@ class Body(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Head(nn.Linear):
+class HeadLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) → (…, V) in x.dtype. In decoding, where it is much of the work, by the C kernels."""
         return kernels.linear(x, self.weight, self.bias)
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         config.check()
         self.config = config
         self.model = Body(config)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = HeadLinear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
