@@ -8,7 +8,7 @@
     M rows, D hidden size, V vocabulary
 
 Rows go through in chunks. At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much
-again; a chunk is 48 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
+again; a chunk is 40 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
 for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
 head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
 another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
@@ -28,7 +28,7 @@ from .buffers import empty
 from .dispatch import asked_backend, backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
 
-CHUNK_BYTES = 3 << 24  # what a chunk's logits may take: in larger chunks the head is read less often
+CHUNK_BYTES = 5 << 23  # what a chunk's logits may take: in larger chunks the head is read less often
 VOCABULARY_BLOCK = 1024  # columns of the logits a product fills: MKL packs W, and a block of it (2.4 MB) stays in cache
 CACHED_ROWS = 8  # rows of logits the softmax passes over at a time, for the same reason
 

@@ -75,8 +75,9 @@ def loss_and_gradients(model, batches: list[Batch]) -> tuple[float, list[Tensor]
 @pytest.mark.parametrize("learnt", ["answers", "everything"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_packed_loss_and_gradients_are_those_of_the_documents_one_by_one(base: Path, method: str, learnt: str) -> None:
-    """Largest differences measured: 1.2 roundings of the loss, 3.5 of a gradient. With documents that see each other
-    it is 800 and more of the loss, 600,000 of a gradient."""
+    """Largest differences measured: 1.2 roundings of the loss, 9.9 of a gradient, since a packed row is long enough for
+    the narrow products in C and a document alone is not (3.5 where both are torch's). With documents that see each
+    other it is 800 and more of the loss, 600,000 of a gradient."""
     tokenizer = load_tokenizer(base)
     examples = encode_dataset(tokenizer, ROWS[:8], detect(ROWS, "rows"), max_seq_length=128, path="rows").examples
     if learnt == "everything":
@@ -96,7 +97,7 @@ def test_packed_loss_and_gradients_are_those_of_the_documents_one_by_one(base: P
     eps = torch.finfo(torch.float32).eps
     assert abs(loss - alone) <= 4 * eps * alone < abs(mixed_loss - alone)
     for gradient, mixed, exact in zip(gradients, mixed_gradients, wanted, strict=True):
-        assert (gradient - exact).norm() <= 8 * eps * exact.norm() < (mixed - exact).norm()
+        assert (gradient - exact).norm() <= 20 * eps * exact.norm() < (mixed - exact).norm()
 
 
 def test_no_document_is_asked_for_the_first_token_of_the_next(base: Path) -> None:

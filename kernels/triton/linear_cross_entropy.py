@@ -7,7 +7,7 @@
 
 Forward: a program takes BM rows and a part of the vocabulary, and keeps the largest logit, the sum of exponentials
 relative to it, and the target's logit; the parts are put together in order. max and log Σ stay apart: their sum minus
-z_target would lose digits. Backward computes the tiles again, a chunk of rows at a time (48 MiB of dz in x.dtype), and
+z_target would lose digits. Backward computes the tiles again, a chunk of rows at a time (40 MiB of dz in x.dtype), and
 multiplies. Logits are fp32 and never rounded to x.dtype, so nll is nearer to the float64 result than the reference's.
 
 Equals kernels/linear_cross_entropy.py's reference within that accuracy. Left to the reference, which runs its products
