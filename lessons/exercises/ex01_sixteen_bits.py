@@ -16,4 +16,5 @@ def round_to_bf16(x: Tensor) -> Tensor:
 
     Not to be used: torch's own conversion (.to(torch.bfloat16), .bfloat16(), torch.bfloat16 in any form).
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 1` says so until it is
     raise NotImplementedError("read the bits with x.view(torch.int32), round, and keep the upper half")

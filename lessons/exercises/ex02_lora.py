@@ -10,6 +10,7 @@ def lora_forward(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, alph
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 2` says so until it is
     raise NotImplementedError("x through W, and x through A and B, scaled by alpha / r")
 
 
@@ -20,4 +21,5 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, alpha: float) -> Tenso
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 2` says so until it is
     raise NotImplementedError("W plus the scaled product of B and A, added in fp32")

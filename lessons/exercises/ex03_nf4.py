@@ -20,4 +20,5 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
 
     Not to be used: quant.quantize, the kernels package.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 3` says so until it is
     raise NotImplementedError("cut into blocks, divide out absmax, find the nearest level, pack two indices a byte")

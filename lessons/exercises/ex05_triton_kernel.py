@@ -26,6 +26,7 @@ def dequantize_nf4(packed: Tensor, code: Tensor, absmax: Tensor, n: int, blocksi
 
     Not to be used: quant, kernels, and torch for the arithmetic.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 5` says so until it is
     raise NotImplementedError("write dequantize_kernel, then delete this line")
     out = torch.full((n,), torch.nan)
     grid = (triton.cdiv(len(packed), BYTES),)

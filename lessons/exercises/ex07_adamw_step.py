@@ -24,4 +24,5 @@ def adamw_step(
 
     Not to be used: torch.optim, this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 7` says so until it is
     raise NotImplementedError("decay p, update both moments, correct them for their start, and move p")

@@ -16,4 +16,5 @@ def window_loss(nlls: list[Tensor], masks: list[Tensor]) -> Tensor:
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 8` says so until it is
     raise NotImplementedError("add up the nll of the counted tokens of all micro-batches, and divide once")

@@ -24,6 +24,7 @@ def dpo_loss(
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 9` says so until it is
     raise NotImplementedError(
         "sum the masked log-probabilities, take policy minus reference, then chosen minus rejected"
     )

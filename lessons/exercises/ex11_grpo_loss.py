@@ -11,6 +11,7 @@ def group_advantages(rewards: Tensor, num_generations: int) -> Tensor:
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 11` says so until it is
     raise NotImplementedError("one row a group, then mean and std of each row")
 
 
@@ -27,6 +28,7 @@ def grpo_loss(
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 11` says so until it is
     raise NotImplementedError(
         "ratios, both products, the smaller of them, its negative, and the mean of counted tokens"
     )

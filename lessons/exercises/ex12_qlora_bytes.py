@@ -18,4 +18,5 @@ def qlora_bytes(shapes: list[tuple[int, int]], r: int) -> dict[str, int]:
 
     Not to be used: this repository's packages.
     """
+    # the exercise: this part is the reader's to write, and `qlora grade 12` says so until it is
     raise NotImplementedError("count blocks and blocks of blocks with ceilings, layer by layer")
