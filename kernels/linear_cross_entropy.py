@@ -27,6 +27,7 @@ from quant import QuantizedTensor
 from .buffers import empty
 from .dispatch import asked_backend, backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
+from .matmul import product_in_c
 
 CHUNK_BYTES = 5 << 23  # what a chunk's logits may take: in larger chunks the head is read less often
 VOCABULARY_BLOCK = 1024  # columns of the logits a product fills: MKL packs W, and a block of it (2.4 MB) stays in cache
@@ -210,11 +211,8 @@ def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor |
 def _plain_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """x · Wᵀ (m, V), in `buffer`."""
     z = buffer[: len(x)]
-    if asked_backend() in ("auto", "cpu"):
-        from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
-
-        if dense.serves(x, weight):
-            return dense.product(x, weight, z)
+    if product_in_c(x, weight, out=z) is not None:
+        return z
     for start in range(0, len(weight), VOCABULARY_BLOCK):
         block = slice(start, start + VOCABULARY_BLOCK)
         torch.mm(x, weight[block].T, out=z[:, block])

@@ -77,24 +77,24 @@ class _QuantizedMatmul(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · weightᵀ (K, N) + bias (N,) → (…, N) in x.dtype; gradients come in the dtype of what they belong to."""
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # decoding: a cast would be the work
-        y = _product_in_c(x, weight)
+        y = product_in_c(x.reshape(-1, x.shape[-1]), weight)
         if y is not None:
+            y = y.view(*x.shape[:-1], len(weight))
             return y if bias is None else y.add_(bias)
     if weight.dtype == x.dtype:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _CastLinear.apply(x, weight, bias)
 
 
-def _product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x · weightᵀ without a cast of the weight, where a C kernel serves."""
+def product_in_c(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor | None:
+    """x (M, K) · weightᵀ → (M, N), in `out` if given, without a cast of the weight; None where no C kernel serves."""
     if asked_backend() not in ("auto", "cpu"):
         return None
     from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
 
-    rows, N = x.reshape(-1, x.shape[-1]), len(weight)
-    if not dense.serves(rows, weight):
+    if not dense.serves(x, weight):
         return None
-    return dense.product(rows, weight, empty((len(rows), N), x.dtype)).view(*x.shape[:-1], N)
+    return dense.product(x, weight, empty((len(x), len(weight)), x.dtype) if out is None else out)
 
 
 class _CastLinear(torch.autograd.Function):
