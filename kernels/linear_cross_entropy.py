@@ -7,12 +7,12 @@
 
     M rows, D hidden size, V vocabulary
 
-Rows go through in chunks. At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much
-again; a chunk is 40 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient
-for dnll = 1 is taken while the chunk's logits are there: (M, D) is kept, and backward multiplies it by dnll. Where that
-head is nothing but a dense weight, one buffer serves all chunks: logits, their softmax and dz are written over one
-another. A head that is trained wants Σ dz · x over all rows, for which dnll must be known: backward computes the logits
-of a chunk again, which makes four products of torch's three.
+At V = 49,152 the logits of 1,024 tokens are 201 MB in fp32, and their gradient is as much again. Under a head that is
+nothing but a dense weight vocabulary_tiles.py takes a tile of words at a time; else rows go through here in chunks of
+40 MiB. A row's nll depends on its own x alone, so under a frozen head, as LoRA has it, the gradient for dnll = 1 is
+taken while the logits are there: (M, D) is kept, and backward multiplies it by dnll. A head that is trained wants
+Σ dz · x over all rows, for which dnll must be known: backward computes logits again, which makes four products of
+torch's three.
 """
 
 import math
@@ -24,14 +24,11 @@ from torch import Tensor
 
 from quant import QuantizedTensor
 
-from .buffers import empty
-from .dispatch import asked_backend, backend_for, captured_backend, implementation, register
+from . import vocabulary_tiles
+from .dispatch import backend_for, captured_backend, implementation, register
 from .lora_matmul import LoRATerm, lora_matmul
-from .matmul import product_in_c
 
 CHUNK_BYTES = 5 << 23  # what a chunk's logits may take: in larger chunks the head is read less often
-VOCABULARY_BLOCK = 1024  # columns of the logits a product fills: MKL packs W, and a block of it (2.4 MB) stays in cache
-CACHED_ROWS = 8  # rows of logits the softmax passes over at a time, for the same reason
 
 
 class Head(NamedTuple):
@@ -92,6 +89,8 @@ def linear_cross_entropy_reference(
     hidden: Tensor, head: Head, targets: Tensor, temperature: float, softcap: float | None, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     options = _Options(head, temperature, softcap, with_entropy)
+    if vocabulary_tiles.serves(hidden, head, softcap):
+        return _UnderDenseHead.apply(hidden, targets, options, head.weight)
     return _LinearCrossEntropy.apply(hidden, targets, options, *_head_tensors(head))
 
 
@@ -144,18 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         entropy = torch.zeros_like(nll)
         ctx.head_is_frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[3:])
         slope = _wide_zeros(hidden) if ctx.head_is_frozen else None
-        chunks = _chunks(len(targets), options.head.weight.shape[0])
-        plain = _plain_weight(options.head, options.softcap, hidden)
-        ctx.plain = plain is not None and bool(chunks)
-        if plain is not None and chunks:
-            buffer = empty((chunks[0].stop, len(plain)), plain.dtype, plain.device)
-            for rows in chunks:
-                dz = _plain_logits(hidden[rows], plain, buffer)
-                _softmax_slope(dz, options, targets[rows], nll[rows], entropy[rows] if options.with_entropy else None)
-                if slope is not None:
-                    torch.mm(dz, plain, out=slope[rows]).div_(options.temperature)
-            chunks = []
-        for rows in chunks:
+        for rows in _chunks(len(targets), options.head.weight.shape[0]):
             x = hidden[rows].detach().requires_grad_(ctx.head_is_frozen)
             with torch.set_grad_enabled(ctx.head_is_frozen):
                 z = _logits(x, options.head, options)
@@ -179,10 +167,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (slope,) = ctx.saved_tensors
             return (dnll[:, None] * slope).to(ctx.dtype), None, None, *[None] * len(ctx.needs_input_grad[3:])
         hidden, targets, *head_tensors = ctx.saved_tensors
-        if ctx.plain:
-            with ctx.backend():
-                dx, dW = _plain_gradients(hidden, head_tensors[0], targets, dnll, ctx.options, ctx.needs_input_grad[0])
-            return dx, None, None, dW
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         sources = [hidden, *head_tensors]
         totals = [_wide_zeros(t) if want else None for t, want in zip(sources, wanted, strict=True)]
@@ -200,60 +184,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grads_out[0], None, None, *grads_out[1:]
 
 
-def _plain_weight(head: Head, softcap: float | None, hidden: Tensor) -> Tensor | None:
-    """W, where the logits are nothing but x · Wᵀ / τ, in the dtype they are wanted in."""
-    weight, adapters, bias = head
-    if not isinstance(weight, Tensor) or adapters or bias is not None or softcap is not None:
-        return None
-    return weight.detach() if weight.dtype == hidden.dtype in (torch.float32, torch.float64) else None
+class _UnderDenseHead(torch.autograd.Function):
+    """The same by vocabulary_tiles.py."""
 
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, options: _Options, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.temperature, ctx.backend = options.temperature, captured_backend()
+        ctx.head_is_frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[3]
+        wanted = (options.temperature, options.with_entropy, ctx.head_is_frozen)
+        found = vocabulary_tiles.losses(hidden, weight, targets, *wanted)
+        if ctx.head_is_frozen:
+            ctx.save_for_backward(found.slope)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, found.m, found.log_total)
+        ctx.mark_non_differentiable(found.entropy)
+        return found.nll, found.entropy
 
-def _plain_logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """x · Wᵀ (m, V), in `buffer`."""
-    z = buffer[: len(x)]
-    if product_in_c(x, weight, out=z) is not None:
-        return z
-    for start in range(0, len(weight), VOCABULARY_BLOCK):
-        block = slice(start, start + VOCABULARY_BLOCK)
-        torch.mm(x, weight[block].T, out=z[:, block])
-    return z
-
-
-def _softmax_slope(z: Tensor, options: _Options, targets: Tensor, nll: Tensor, entropy: Tensor | None) -> None:
-    """z (m, V) before the temperature → τ · dnll/dz, in place; fills nll (m,), and entropy (m,) if it is wanted."""
-    if asked_backend() in ("auto", "cpu"):
-        from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
-
-        if elementwise.serves_softmax(z):
-            return elementwise.softmax_slope(z, options.temperature, targets, nll, entropy)
-    for start in range(0, len(z), CACHED_ROWS):
-        rows = slice(start, start + CACHED_ROWS)
-        p = z[rows].div_(options.temperature)
-        shifted = p.sub_(p.amax(dim=1, keepdim=True))
-        at_target = shifted.gather(1, targets[rows, None]).view(-1)
-        unscaled = None if entropy is None else (shifted.exp() * shifted).sum(dim=1)
-        total = shifted.exp_().sum(dim=1)
-        nll[rows] = total.log() - at_target
-        if entropy is not None and unscaled is not None:
-            entropy[rows] = total.log() - unscaled / total
-        _minus_onehot(p.div_(total[:, None]), targets[rows])
-
-
-def _plain_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dnll: Tensor, options: _Options, want_dx: bool
-) -> tuple[Tensor | None, Tensor]:
-    """dx = (dz / τ) · W (M, D) if it is wanted, and dW = Σ (dz / τ)ᵀ · x (V, D), each chunk's added by its product."""
-    scale = (dnll / options.temperature)[:, None]  # of a row of dz: taken into x and dx, which are narrow
-    dx, dW = torch.empty_like(hidden) if want_dx else None, torch.zeros_like(weight)
-    chunks = _chunks(len(targets), len(weight))
-    buffer = empty((chunks[0].stop, len(weight)), weight.dtype, weight.device)
-    for chunk in chunks:
-        z = _plain_logits(hidden[chunk], weight, buffer)
-        _softmax_slope(z, options, targets[chunk], torch.empty_like(dnll[chunk]), None)
-        if dx is not None:
-            torch.mm(z, weight, out=dx[chunk]).mul_(scale[chunk])
-        dW.addmm_(z.T, hidden[chunk] * scale[chunk])
-    return dx, dW
+    @staticmethod
+    def backward(ctx: Any, dnll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.head_is_frozen:
+            return dnll[:, None] * ctx.saved_tensors[0], None, None, None
+        hidden, weight, targets, *sums = ctx.saved_tensors
+        with ctx.backend():
+            dx, dW = vocabulary_tiles.gradients(hidden, weight, targets, sums, dnll, ctx.temperature)
+        return dx, None, None, dW
 
 
 def _minus_onehot(p: Tensor, targets: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kernels import use_backend
 from kernels.cpu import dense, elementwise, library
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.vocabulary_tiles import RunningSoftmax
 from models.elementwise import apply_rope, rms_norm, swiglu
 from models.sampling import BLOCK, softmax
 from tests.accuracy import assert_as_accurate_as, leaf
@@ -136,14 +137,16 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     results, threads = [], torch.get_num_threads()
     for n in (1, 3):
         torch.set_num_threads(n)
-        p, nll = z.clone(), torch.empty(30)
-        elementwise.softmax_slope(p, 1.0, targets, nll, None)
+        sums, p, more, slope = RunningSoftmax(targets, 1.0, z, with_entropy=True), z.clone(), 2 * z, x[:30].clone()
+        sums.take(p, 0, None)
+        sums.take(more, 1000, slope)
         y, rho = elementwise.rms_norm(x, g, 1e-5)
         dx = elementwise.rms_norm_dx(y, x, g, rho)
         few = dense.product(x[:7, :96].contiguous(), weight, torch.empty(7, 224))
         many = dense.product(x[:, :96].contiguous(), weight, torch.empty(300, 224))
         swiglus = (elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y))
-        results.append((p, nll, y, dx, few, many, *elementwise.softmax_blocks(z, 1.0, 128), *swiglus))
+        losses = (p, more, slope, sums.nll(), sums.entropy())
+        results.append((*losses, y, dx, few, many, *elementwise.softmax_blocks(z, 1.0, 128), *swiglus))
     torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

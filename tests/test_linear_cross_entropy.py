@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import quant
-from kernels import Head, LoRATerm, linear_cross_entropy
+from kernels import Head, LoRATerm, linear_cross_entropy, vocabulary_tiles
 from tests import reference
 from tests.accuracy import assert_as_accurate_as, exact, leaf
 from tests.test_lora_matmul import plain_lora
@@ -21,16 +21,18 @@ TARGETS = [-100 if row % 5 == 1 else (row * 7) % V for row in range(M)]
 HEADS = ["dense", "nf4", "dense+lora", "nf4+lora+bias"]
 
 
-@pytest.fixture(params=["one chunk", "four rows a chunk"])
+@pytest.fixture(params=["whole", "in parts"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with all rows in one chunk, once with a few rows in each and one left over."""
-    if request.param == "four rows a chunk":
-        four_rows_a_chunk(monkeypatch)
+    """Once with all rows and words at once, once with a few in each part and some left over."""
+    if request.param == "in parts":
+        in_parts(monkeypatch)
 
 
-def four_rows_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("kernels.linear_cross_entropy")  # the package has a function of that name
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 4 * V)
+    monkeypatch.setattr(vocabulary_tiles, "ROWS", 11)
+    monkeypatch.setattr(vocabulary_tiles, "TILE", 9)
 
 
 def a_case(kind: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], quant.QuantizedTensor | None]:
@@ -107,16 +109,17 @@ def test_value_entropy_and_every_gradient(kind: str, dtype: torch.dtype, tempera
         assert_as_accurate_as(plain[name].grad, ours[name].grad, expected[name])
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.usefixtures("chunks")
-def test_gradcheck(kind: str) -> None:
+def test_gradcheck(kind: str, softcap: float | None) -> None:
     leaves, q = a_case(kind, torch.float64)
     doubles = [leaf(tensor.double()) for tensor in leaves.values()]
 
     def function(*tensors):
         named = dict(zip(leaves, tensors, strict=True))
         return linear_cross_entropy(
-            named["hidden"], head_of(named, q), torch.tensor(TARGETS), temperature=0.7, softcap=3.0
+            named["hidden"], head_of(named, q), torch.tensor(TARGETS), temperature=0.7, softcap=softcap
         )
 
     assert torch.autograd.gradcheck(function, doubles, fast_mode=True)
@@ -124,7 +127,7 @@ def test_gradcheck(kind: str) -> None:
 
 def test_a_bf16_weight_gradient_does_not_lose_what_each_chunk_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 chunks: a running total kept in bf16 would stop growing at about 256 times what a chunk adds."""
-    four_rows_a_chunk(monkeypatch)
+    in_parts(monkeypatch)
     hidden, targets = torch.rand(800, D).bfloat16(), torch.randint(V, (800,))
     ours = leaf(torch.randn(V, D).bfloat16())
     plain = leaf(ours)

@@ -19,6 +19,7 @@ The factors beside I and V are counts of the tensors that live at once where eac
 """
 
 from kernels.linear_cross_entropy import CHUNK_BYTES
+from kernels.vocabulary_tiles import ROWS, TILE
 from models import DecoderConfig
 
 from .memory_exact import layer_linears
@@ -44,11 +45,11 @@ def head_chunk(config: DecoderConfig, setup: Setup) -> int:
         m = _chunk_rows(V + (0 if setup.teacher is None else other), M)
         teachers_hidden = 0 if setup.teacher is None else 2 * setup.teacher.hidden_size * s
         return m * 28 * V + M * (8 * D + teachers_hidden)
+    if setup.dtype == "fp32":
+        return _tile_of_logits(M) + (M * s * D if setup.method == "full" else M * 8 * D)
     entropy = setup.trainer == "grpo"
     if setup.method == "full":
         return m * V * (16 if entropy else 8) + M * s * D
-    if setup.dtype == "fp32":
-        return m * V * 4 + M * 8 * D
     return m * V * (16 if entropy else 10) + M * (6 if entropy else 8) * D
 
 
@@ -57,6 +58,8 @@ def head_backward(config: DecoderConfig, setup: Setup) -> int:
     if setup.method != "full":
         return 0
     s, D, V, M = setup.itemsize, config.hidden_size, config.vocab_size, setup.predictions
+    if setup.dtype == "fp32" and setup.trainer != "distill":
+        return _tile_of_logits(M) + V * D * 4 + M * 12 * D
     m = _chunk_rows(V, M)
     cast = 0 if s == 4 else 2
     return m * V * (8 + cast) + V * D * (8 + cast) + M * (8 + s) * D
@@ -110,6 +113,10 @@ def _copied_prompts(config: DecoderConfig, setup: Setup) -> int:
     S = setup.sequence_length - 1
     kv = 2 * config.num_key_value_heads * config.head_dim * setup.itemsize
     return setup.batch_size * (S * kv + L * S)
+
+
+def _tile_of_logits(rows: int) -> int:
+    return min(rows, ROWS) * TILE * 4
 
 
 def _chunk_rows(width: int, rows: int) -> int:

@@ -1,5 +1,5 @@
 /* elementwise.h: RMSNorm, SwiGLU, rope and their backwards, and the softmax of the loss, each in as few passes as it
-   needs. What models/elementwise.py and kernels/linear_cross_entropy.py define. Included by kernels.c alone.
+   needs. What models/elementwise.py and kernels/vocabulary_tiles.py define. Included by kernels.c alone.
 
    Numbers are read SPAN at a time into fp32, worked on there, and rounded once. A row is one thread's. */
 
@@ -158,33 +158,38 @@ INLINE float largest_of(const float *p, int64_t n) {
     return largest;
 }
 
-/* z (rows, V) fp32 → z's gradient of nll in its place: softmax(z · scale) - onehot(target). nll and entropy (rows,) of
-   the softmax; entropy may be NULL. */
-void FOR_ISA(softmax_slope)(float *z, int64_t rows, int64_t V, float scale, const int64_t *targets, float *nll,
-                            float *entropy, int threads) {
+/* kernels/vocabulary_tiles.py: RunningSoftmax.take for z (rows, n) fp32, words first … first + n. scale is 1 / τ; m and
+   at_target are before it. mixed and slope (rows, D) may be NULL. */
+void FOR_ISA(running_softmax)(float *z, int64_t rows, int64_t n, float scale, const int64_t *targets, int64_t first,
+                              float *m, float *at_target, double *total, double *mixed, float *slope, int64_t D,
+                              int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        float *p = z + row * V, a[SPAN], largest = largest_of(p, V), at_target = (p[targets[row]] - largest) * scale;
-        double total = 0, mixed = 0;
-        for (int64_t j = 0, n; j < V; j += n) {
-            n = next_span(p, FP32, j, V - j, a);
-            for (int64_t i = n; i % LANES; i++) a[i] = largest - 87 / scale; /* beyond the row: e^-87, nothing */
+        float *p = z + row * n, most = largest_of(p, n), a[SPAN];
+        int64_t at = targets[row] - first;
+        if (at >= 0 && at < n) at_target[row] = p[at];
+        if (m[row] > most) most = m[row];
+        if (m[row] != most && total[row] > 0) {
+            double change = ((double)m[row] - most) * scale, c = exp(change);
+            if (mixed) mixed[row] = c * (mixed[row] + change * total[row]);
+            total[row] *= c;
+            for (int64_t j = 0; slope && j < D; j++) slope[row * D + j] *= (float)c;
+        }
+        m[row] = most;
+        for (int64_t j = 0, here; j < n; j += here) {
+            here = next_span(p, FP32, j, n - j, a);
+            for (int64_t i = here; i % LANES; i++) a[i] = -INFINITY; /* beyond the row: e^-87, nothing */
             vec sum = {0}, weighted = {0};
-            for (int64_t i = 0; i < n; i += LANES) {
-                vec shifted = (load(a + i) - every(largest)) * every(scale), power = exp_(shifted);
+            for (int64_t i = 0; i < here; i += LANES) {
+                vec shifted = (load(a + i) - every(most)) * every(scale), power = exp_(shifted);
                 store(a + i, power);
                 sum += power;
-                weighted = fma_(shifted, power, weighted);
+                if (mixed) weighted = fma_(choose(shifted < every(-87.0f), every(-87.0f), shifted), power, weighted);
             }
-            total += sum_lanes(sum);
-            mixed += sum_lanes(weighted);
-            write_row(a, n, p, FP32, j);
+            total[row] += sum_lanes(sum);
+            if (mixed) mixed[row] += sum_lanes(weighted);
+            write_row(a, here, p, FP32, j);
         }
-        nll[row] = (float)log(total) - at_target;
-        if (entropy) entropy[row] = (float)(log(total) - mixed / total);
-        float inverse = (float)(1 / total);
-        for (int64_t j = 0; j < V; j++) p[j] *= inverse;
-        p[targets[row]] -= 1;
     }
 }
 

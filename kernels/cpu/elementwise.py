@@ -88,12 +88,23 @@ C = OnePass(rms_norm, rms_norm_dx, swiglu, swiglu_dx, rope, softmax_blocks)
 
 
 def serves_softmax(z: Tensor) -> bool:
-    """Whether softmax_slope takes z."""
+    """Whether running_softmax takes z."""
     return why_missing() is None and why_not((torch.float32,), z) is None
 
 
-def softmax_slope(z: Tensor, temperature: float, targets: Tensor, nll: Tensor, entropy: Tensor | None) -> None:
-    """z fp32 (m, V) → softmax(z / temperature) - onehot(targets), in place; fills nll (m,), and entropy (m,) if any."""
-    targets = targets.contiguous()
-    outputs = (nll.data_ptr(), None if entropy is None else entropy.data_ptr())
-    load().softmax_slope(z.data_ptr(), *z.shape, 1 / temperature, targets.data_ptr(), *outputs, torch.get_num_threads())
+def running_softmax(
+    z: Tensor,
+    temperature: float,
+    targets: Tensor,
+    first: int,
+    m: Tensor,
+    at_target: Tensor,
+    total: Tensor,
+    mixed: Tensor | None,
+    slope: Tensor | None,
+) -> None:
+    """vocabulary_tiles.RunningSoftmax.take; all but z and targets are changed in place."""
+    sums = (m.data_ptr(), at_target.data_ptr(), total.data_ptr(), None if mixed is None else mixed.data_ptr())
+    scaled = (None, 0) if slope is None else (slope.data_ptr(), slope.shape[1])
+    words = (targets.data_ptr(), first)
+    load().running_softmax(z.data_ptr(), *z.shape, 1 / temperature, *words, *sums, *scaled, torch.get_num_threads())

@@ -68,7 +68,7 @@ class Library:
             "swiglu": (None, [p, p, i, n, p, i]),
             "swiglu_dx": (None, [p, p, p, i, n, p, p, i]),
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
-            "softmax_slope": (None, [p, n, n, c_float, p, p, p, i]),
+            "running_softmax": (None, [p, n, n, c_float, p, n, p, p, p, p, p, n, i]),
             "softmax_blocks": (None, [p, n, n, c_float, n, p, p, p, i]),
             "dense_bf16": (None, [p, p, n, n, n, p, i]),
             "narrow": (None, [p, p, n, n, n, p, i]),
@@ -98,7 +98,7 @@ class Library:
     swiglu: "ctypes._NamedFuncPointer"
     swiglu_dx: "ctypes._NamedFuncPointer"
     rope: "ctypes._NamedFuncPointer"
-    softmax_slope: "ctypes._NamedFuncPointer"
+    running_softmax: "ctypes._NamedFuncPointer"
     softmax_blocks: "ctypes._NamedFuncPointer"
     dense_bf16: "ctypes._NamedFuncPointer"
     narrow: "ctypes._NamedFuncPointer"

@@ -1,0 +1,150 @@
+"""vocabulary_tiles: linear_cross_entropy where the head is nothing but a dense weight, TILE words of it at a time.
+
+FlashAttention (Dao et al. 2022, arXiv 2205.14135) with words in the place of keys: whatever is summed over the
+vocabulary is summed under the largest logit so far, and scaled down when a larger one comes. Of a row of logits no more
+than a tile ever exists, and a tile of W serves both its products while it is in the cache.
+
+    for each tile      z = x · W_tileᵀ / τ,   m' = max(m, max z),   c = e^(m - m'),   e = e^(z - m')
+                       mixed ← c · (mixed + (m - m') · total) + Σ e · (z - m')
+                       total ← c · total + Σ e
+                       slope ← c · slope + e · W_tile
+    nll = m + log total - z[target],   H = log total - mixed / total,   dnll/dx = (slope / total - W[target]) / τ
+
+A head that is trained wants Σ_rows dnll · (p - onehot) · x, for which dnll must be known: m and log total are kept, and
+backward makes p again a tile at a time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .buffers import empty, empty_like
+from .dispatch import asked_backend
+
+TILE = 768  # words: a tile of W (1.8 MB at D = 576) and of the logits stay in the cache
+ROWS = 1024  # rows at a time, for the same reason
+
+
+class RunningSoftmax:
+    """The sums over the words so far, for each row: see above. `mixed` is kept on request."""
+
+    def __init__(self, targets: Tensor, temperature: float, like: Tensor, with_entropy: bool) -> None:
+        self.targets, self.temperature = targets, temperature
+        self.m = torch.full((len(targets),), -torch.inf, dtype=like.dtype, device=like.device)
+        """largest z · τ"""
+        self.at_target = torch.zeros_like(self.m)
+        """z[target] · τ"""
+        self.total = torch.zeros(len(targets), dtype=torch.float64, device=like.device)
+        self.mixed = torch.zeros_like(self.total) if with_entropy else None
+
+    def take(self, z: Tensor, first: int, slope: Tensor | None) -> None:
+        """z (rows, tile) = x · W_tileᵀ, words `first` …, becomes e in place. slope (rows, D) is scaled by c."""
+        if asked_backend() in ("auto", "cpu"):
+            from .cpu import elementwise  # the C kernels are a backend like any other: this file does not need them
+
+            if elementwise.serves_softmax(z):
+                sums = (self.m, self.at_target, self.total, self.mixed, slope)
+                return elementwise.running_softmax(z, self.temperature, self.targets, first, *sums)
+        at = self.targets - first
+        found = z.gather(1, at.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        self.at_target = torch.where((at >= 0) & (at < z.shape[1]), found, self.at_target)
+        m = torch.maximum(self.m, z.amax(dim=1))
+        change = (self.m - m) / self.temperature  # -inf at first
+        shifted, c = z.sub_(m[:, None]).div_(self.temperature), change.exp()
+        if self.mixed is not None:
+            before = torch.where(self.total > 0, self.mixed + change * self.total, 0)
+            self.mixed = c * before + (shifted.exp() * shifted).sum(dim=1)
+        self.total = c * self.total + shifted.exp_().sum(dim=1)
+        self.m = m
+        if slope is not None:
+            slope.mul_(c[:, None])
+
+    def nll(self) -> Tensor:
+        """(m,)"""
+        return self.total.log().to(self.m.dtype) + (self.m - self.at_target) / self.temperature
+
+    def entropy(self) -> Tensor:
+        """(m,)"""
+        assert self.mixed is not None
+        return (self.total.log() - self.mixed / self.total).to(self.m.dtype)
+
+
+class Found(NamedTuple):
+    """Of M rows."""
+
+    nll: Tensor
+    """(M,)"""
+    entropy: Tensor
+    """(M,); 0 unless it was asked for"""
+    m: Tensor
+    """(M,)"""
+    log_total: Tensor
+    """(M,)"""
+    slope: Tensor | None
+    """dnll/dx (M, D), if it was asked for"""
+
+
+def serves(hidden: Tensor, head: tuple[Any, ...], softcap: float | None) -> bool:
+    """Whether z is nothing but x · Wᵀ / τ, in the dtype it is wanted in. head: weight, adapters, bias."""
+    weight, adapters, bias = head
+    if not isinstance(weight, Tensor) or adapters or bias is not None or softcap is not None:
+        return False
+    return weight.dtype == hidden.dtype in (torch.float32, torch.float64)
+
+
+def losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool, with_slope: bool
+) -> Found:
+    """hidden (M, D), weight (V, D), both fp32 or fp64; targets int64 (M,)."""
+    nll, m, log_total = (torch.empty(len(targets), dtype=hidden.dtype, device=hidden.device) for _ in range(3))
+    entropy = torch.zeros_like(nll)
+    slope = torch.empty_like(hidden) if with_slope else None
+    for rows in _row_blocks(len(targets)):
+        x, dx = hidden[rows], None if slope is None else slope[rows]
+        sums = RunningSoftmax(targets[rows], temperature, hidden, with_entropy)
+        buffer = empty((len(x), TILE), hidden.dtype, hidden.device)
+        for first in range(0, len(weight), TILE):
+            tile = weight[first : first + TILE]
+            z = _logits(x, tile, buffer)
+            sums.take(z, first, dx if first else None)
+            if dx is not None:
+                torch.addmm(dx, z, tile, beta=1 if first else 0, out=dx)
+        nll[rows], m[rows], log_total[rows] = sums.nll(), sums.m, sums.total.log()
+        if with_entropy:
+            entropy[rows] = sums.entropy()
+        if dx is not None:
+            dx.div_(sums.total[:, None]).sub_(weight[targets[rows]]).div_(temperature)
+    return Found(nll, entropy, m, log_total, slope)
+
+
+def gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, sums: Sequence[Tensor], dnll: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """dx (M, D) and dW (V, D); `sums` are m and log_total as `losses` found them, dnll (M,)."""
+    m, log_total = sums
+    scale = (dnll / temperature)[:, None]
+    scaled, dx = hidden * scale, empty_like(hidden)
+    dW = torch.empty_like(weight) if len(targets) else torch.zeros_like(weight)
+    for rows in _row_blocks(len(targets)):
+        buffer = empty((len(hidden[rows]), TILE), hidden.dtype, hidden.device)
+        for first in range(0, len(weight), TILE):
+            words = slice(first, first + TILE)
+            p = _logits(hidden[rows], weight[words], buffer).sub_(m[rows, None])
+            p.div_(temperature).sub_(log_total[rows, None]).exp_()
+            torch.addmm(dx[rows], p, weight[words], beta=1 if first else 0, out=dx[rows])
+            torch.addmm(dW[words], p.T, scaled[rows], beta=1 if rows.start else 0, out=dW[words])
+    dW.index_add_(0, targets, scaled, alpha=-1)
+    return dx.sub_(weight[targets]).mul_(scale), dW
+
+
+def _row_blocks(M: int) -> list[slice]:
+    """Of equal size: a short last one would read the whole head for a few rows."""
+    rows = -(-M // -(-M // ROWS)) if M else 1
+    return [slice(start, min(start + rows, M)) for start in range(0, M, rows)]
+
+
+def _logits(x: Tensor, tile: Tensor, buffer: Tensor) -> Tensor:
+    """x · tileᵀ, dense, in `buffer`."""
+    return torch.mm(x, tile.T, out=buffer.view(-1)[: len(x) * len(tile)].view(len(x), len(tile)))
