@@ -34,7 +34,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.held = self.free_bytes = self.most_used = 0
-        self._free: list[mmap.mmap] = []
+        self._free: dict[int, list[mmap.mmap]] = {}  # by length; lengths that have long been free come first
         self._returned: deque[mmap.mmap] = deque()  # a tensor may die anywhere, even inside take
         self._leases: dict[int, tuple[weakref.ref[memoryview], mmap.mmap]] = {}
         self._lock = threading.Lock()
@@ -44,7 +44,7 @@ class Buffers:
         with self._lock:
             while self._returned:
                 block = self._returned.popleft()
-                self._free.append(block)
+                self._free.setdefault(len(block), []).append(block)
                 self.free_bytes += len(block)
             block = self._fitting(size) or self._fresh(size)
             self.most_used = max(self.most_used, self.held - self.free_bytes)
@@ -58,19 +58,23 @@ class Buffers:
 
     def _fitting(self, size: int) -> mmap.mmap | None:
         """The smallest free block that is large enough and not much too large."""
-        fitting = [block for block in self._free if size <= len(block) <= size * (1 + SLACK)]
-        return self._remove(min(fitting, key=len)) if fitting else None
+        if size not in self._free:
+            size = min((n for n in self._free if size <= n <= size * (1 + SLACK)), default=0)
+        return self._remove(size) if size else None
 
     def _fresh(self, size: int) -> mmap.mmap:
         used = self.held - self.free_bytes
         while self._free and self.held + size > max(self.most_used, used + size):
-            self.held -= len(self._remove(self._free[0]))
+            self.held -= len(self._remove(next(iter(self._free))))
         self.held += size
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def _remove(self, block: mmap.mmap) -> mmap.mmap:
-        self._free.remove(block)
-        self.free_bytes -= len(block)
+    def _remove(self, size: int) -> mmap.mmap:
+        blocks = self._free[size]
+        block = blocks.pop()
+        if not blocks:
+            del self._free[size]
+        self.free_bytes -= size
         return block
 
 

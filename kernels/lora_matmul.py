@@ -177,7 +177,7 @@ class _LoRAMatmul(torch.autograd.Function):
         ctx.q = base if isinstance(base, QuantizedTensor) else None
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, None if ctx.q is not None else base, *terms, *lows)
-        return products.forward(x, base, bias, torch.cat(lows, 1), torch.cat(_scaled(scalings, Bs, x.dtype), 1))
+        return products.forward(x, base, bias, _cat(lows, 1), _cat(_scaled(scalings, Bs, x.dtype), 1))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -201,8 +201,8 @@ class _LoRAMatmul(torch.autograd.Function):
         dx = d_base = None
         if wants_x:
             shared = [i for i in range(n) if own[i] is None]
-            low = torch.cat([highs[i] for i in shared], 1) if shared else None
-            up = torch.cat([As[i].to(dy.dtype) for i in shared], 0) if shared else None
+            low = _cat([highs[i] for i in shared], 1) if shared else None
+            up = _cat([As[i].to(dy.dtype) for i in shared], 0) if shared else None
             with ctx.backend():
                 dx = ctx.products.backward(dy, dense if ctx.q is None else ctx.q, low, up)
         if wants_base:
@@ -214,6 +214,11 @@ class _LoRAMatmul(torch.autograd.Function):
 def _scaled(scalings: Sequence[float], Bs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     """s_i · B_i, rounded once."""
     return [(s * B).to(dtype) for s, B in zip(scalings, Bs, strict=True)]  # type: ignore[operator, union-attr]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies even one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _rows(x: Tensor) -> Tensor:

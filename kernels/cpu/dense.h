@@ -1,5 +1,5 @@
 /* dense.h: x · Wᵀ for a dense weight in bf16 or fp32 under fp32 activations, where the weight is read as it lies: the head
-   of a few rows in decoding, and an adapter (low_rank.h). Included by kernels.c alone.
+   in decoding, and an adapter (low_rank.h). Included by kernels.c alone.
 
    A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together. */
 
@@ -45,12 +45,18 @@ INLINE void dense_rows(const float *x, const void *w, const int dtype, int64_t a
     }
 }
 
-/* y fp32 (M, N) = x fp32 (M, K) · Wᵀ, W bf16 (N, K); N is a multiple of TILE_N. A row's sums do not depend on the
-   others. */
-void FOR_ISA(dense_bf16)(const float *x, const uint16_t *w, int64_t M, int64_t N, int64_t K, float *y, int threads) {
+/* y fp32 (M, N) = x fp32 (M, K) · Wᵀ, W (N, K) of a dtype; N is a multiple of TILE_N. A row's sums do not depend on the
+   others. While TASK rows of W meet all of x, the next ones are fetched. */
+void FOR_ISA(dense_few)(const float *x, const void *w, int dtype, int64_t M, int64_t N, int64_t K, float *y, int threads) {
+    const int64_t bytes = TILE_N * K * (dtype == FP32 ? 4 : 2), share = M > TILE_M ? bytes * TILE_M / M : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < N; task += TASK)
         for (int64_t m = 0; m < M; m += TILE_M)
-            for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N)
-                dense_rows(x + m * K, w, BF16, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+            for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N) {
+                if (n + TASK < N) fetch((const char *)w + (n + TASK) / TILE_N * bytes + m / TILE_M * share, share);
+                if (dtype == FP32)
+                    dense_rows(x + m * K, w, FP32, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+                else
+                    dense_rows(x + m * K, w, BF16, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+            }
 }

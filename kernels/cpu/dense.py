@@ -11,19 +11,14 @@ from torch import Tensor
 
 from .library import DTYPES, Product, load, why_missing, why_not, workspace
 
-FEW = 8  # rows: above, a tile pays
+FEW = 96  # rows: above, a copied tile pays
 GROUP = 32  # of N and K: whole vectors, in every instruction set
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` takes these: x fp32 (M, K), weight fp32 or bf16 (N, K). One row of fp32 is as fast in torch."""
+    """Whether `product` takes these: x fp32 (M, K), weight fp32 or bf16 (N, K)."""
     N, K = weight.shape
-    if (
-        N % GROUP
-        or K % GROUP
-        or len(x) < (1 if weight.dtype == torch.bfloat16 else 2)
-        or type(weight.data) is not Tensor
-    ):
+    if N % GROUP or K % GROUP or type(weight.data) is not Tensor:
         return False
     served = (torch.float32, torch.bfloat16)
     return not (why_missing() or why_not((torch.float32,), x) or why_not(served, weight))
@@ -32,11 +27,12 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     """y fp32 (M, N) = x (M, K) · weightᵀ, products of the weight's exact values, summed in fp32."""
     (M, K), N, lib, threads = x.shape, len(weight), load(), torch.get_num_threads()
-    if M <= FEW and weight.dtype == torch.bfloat16:
-        lib.dense_bf16(x.data_ptr(), weight.data_ptr(), M, N, K, y.data_ptr(), threads)
+    dtype = DTYPES[weight.dtype]
+    if M <= FEW:
+        lib.dense_few(x.data_ptr(), weight.data_ptr(), dtype, M, N, K, y.data_ptr(), threads)
         return y
     scratch = workspace(lib.workspace_floats(M, N, K, 0, threads))
     call = Product(M=M, N=N, K=K, x=x.data_ptr(), y=y.data_ptr(), workspace=scratch.data_ptr(), threads=threads)
-    call.dense, call.dense_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+    call.dense, call.dense_dtype = weight.data_ptr(), dtype
     lib.matmul(ctypes.byref(call))
     return y

@@ -70,7 +70,7 @@ class Library:
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
             "running_softmax": (None, [p, n, n, c_float, p, n, p, p, p, p, p, n, i]),
             "softmax_blocks": (None, [p, n, n, c_float, n, p, p, p, i]),
-            "dense_bf16": (None, [p, p, n, n, n, p, i]),
+            "dense_few": (None, [p, p, i, n, n, n, p, i]),
             "narrow": (None, [p, p, n, n, n, p, i]),
             "outer": (None, [p, p, n, n, n, p, i]),
             "attention_floats": (c_int64, [p, i]),
@@ -100,7 +100,7 @@ class Library:
     rope: "ctypes._NamedFuncPointer"
     running_softmax: "ctypes._NamedFuncPointer"
     softmax_blocks: "ctypes._NamedFuncPointer"
-    dense_bf16: "ctypes._NamedFuncPointer"
+    dense_few: "ctypes._NamedFuncPointer"
     narrow: "ctypes._NamedFuncPointer"
     outer: "ctypes._NamedFuncPointer"
     attention_floats: "ctypes._NamedFuncPointer"
