@@ -1,5 +1,6 @@
 """kernels/cpu/elementwise and dense, on every instruction set here, against float64: odd sizes, strides, far values."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
 @pytest.mark.parametrize(("N", "K"), [(32, 32), (416, 608)])
 def test_dense_products(N: int, K: int, M: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(M, K), torch.randn(N, K).to(dtype)
-    assert dense.serves(x, weight)
+    portable = os.environ["QLORA_CPU_ISA"] == "portable"
+    assert dense.serves(x, weight) == (M <= 16 or dtype == torch.bfloat16 or not portable)
     found = dense.product(x, weight, torch.empty(M, N))
     exact = x.double() @ weight.double().T
     assert_as_accurate_as(x @ weight.float().T, found, exact)

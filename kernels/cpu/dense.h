@@ -3,7 +3,7 @@
 
    A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together. */
 
-enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64 };
+enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64, TILES_AHEAD = 2 };
 
 INLINE vec load_as(const void *p, int dtype, int64_t at) {
     return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
@@ -45,18 +45,25 @@ INLINE void dense_rows(const float *x, const void *w, const int dtype, int64_t a
     }
 }
 
+/* TASK rows of W with all of x. While some meet x, the next ones are fetched. */
+INLINE void dense_task(const float *x, const void *w, const int dtype, int64_t M, int64_t N, int64_t K, float *y,
+                       int64_t task) {
+    const int64_t bytes = TILE_N * K * (dtype == FP32 ? 4 : 2), share = M > TILE_M ? bytes * TILE_M / M : bytes;
+    for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N)
+        for (int64_t m = 0; m < M; m += TILE_M) {
+            const char *next = (const char *)w + (n / TILE_N + TILES_AHEAD) * bytes + m / TILE_M * share;
+            if (n + TILES_AHEAD * TILE_N < N) fetch(next, share);
+            dense_rows(x + m * K, w, dtype, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
+        }
+}
+
 /* y fp32 (M, N) = x fp32 (M, K) · Wᵀ, W (N, K) of a dtype; N is a multiple of TILE_N. A row's sums do not depend on the
-   others. While TASK rows of W meet all of x, the next ones are fetched. */
+   others. */
 void FOR_ISA(dense_few)(const float *x, const void *w, int dtype, int64_t M, int64_t N, int64_t K, float *y, int threads) {
-    const int64_t bytes = TILE_N * K * (dtype == FP32 ? 4 : 2), share = M > TILE_M ? bytes * TILE_M / M : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < N; task += TASK)
-        for (int64_t m = 0; m < M; m += TILE_M)
-            for (int64_t n = task; n < smaller(N, task + TASK); n += TILE_N) {
-                if (n + TASK < N) fetch((const char *)w + (n + TASK) / TILE_N * bytes + m / TILE_M * share, share);
-                if (dtype == FP32)
-                    dense_rows(x + m * K, w, FP32, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
-                else
-                    dense_rows(x + m * K, w, BF16, n * K, K, y + m * N + n, N, smaller(TILE_M, M - m));
-            }
+        if (dtype == FP32)
+            dense_task(x, w, FP32, M, N, K, y, task);
+        else
+            dense_task(x, w, BF16, M, N, K, y, task);
 }

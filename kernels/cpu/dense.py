@@ -1,6 +1,6 @@
 """dense: the product with a dense weight in fp32 or bf16, under fp32 activations: the head, in loss and decoding.
 
-few rows        dense.h: the weight is read once, as it lies
+few rows        dense.h: the weight is read as it lies
 more rows       matmul_large.h: a tile of it at a time is copied into the cache, as a quantized one is decoded
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .library import DTYPES, Product, load, why_missing, why_not, workspace
 
 FEW = 96  # rows: above, a copied tile pays
+FEW_PORTABLE = 16  # rows: above, without vector instructions torch is faster, unless it would have to cast
 GROUP = 32  # of N and K: whole vectors, in every instruction set
 
 
@@ -21,7 +22,9 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     if N % GROUP or K % GROUP or type(weight.data) is not Tensor:
         return False
     served = (torch.float32, torch.bfloat16)
-    return not (why_missing() or why_not((torch.float32,), x) or why_not(served, weight))
+    if why_missing() or why_not((torch.float32,), x) or why_not(served, weight):
+        return False
+    return len(x) <= FEW_PORTABLE or weight.dtype == torch.bfloat16 or load().isa != "portable"
 
 
 def product(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ static void few_rows(const product *p) {
             for (int j = 0; j < SMALL_GROUP; j++) mixed[j] = row[MIXED(j)];
         }
     const codebook code = load_codebook(p->q->code);
-    const int64_t tasks = (p->N + SMALL_OUT - 1) / SMALL_OUT, share = (tasks + p->threads - 1) / p->threads;
-    const int64_t chunk = share < 32 ? share : 4; /* a few tasks in equal shares; many as the threads get to them */
-#pragma omp parallel for num_threads(p->threads) schedule(dynamic, chunk)
+    const int64_t tasks = (p->N + SMALL_OUT - 1) / SMALL_OUT;
+/* Long runs of tasks, since each fetches ahead for the one behind it, then shorter ones as the threads get to them. */
+#pragma omp parallel for num_threads(p->threads) schedule(guided, 4)
     for (int64_t task = 0; task < tasks; task++) few_rows_tile_of(p, &code, p->workspace, task * SMALL_OUT);
 }
