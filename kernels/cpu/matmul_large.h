@@ -55,6 +55,16 @@ INLINE void transpose(const float *rows, int64_t row_step, float *columns) {
     for (int i = 0; i < LANES; i++) store(columns + i * PANEL, a[i]);
 }
 
+/* Ahead of time, where stretches are too short for the processor to notice where they lead. */
+INLINE void fetch(const char *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+/* The bytes of LANES rows of Ŵ. */
+INLINE void fetch_rows(const product *p, int64_t row, int64_t t0, int64_t steps) {
+    for (int i = 0; i < LANES; i++) fetch((const char *)p->q->packed + ((row + i) * p->K + t0) / 2, steps / 2);
+}
+
 /* Ŵ for outputs j0 … and reduction indices t0 …, where a row of Ŵ is an output: LANES rows at a time, so that a level of
    each fills a vector in the order in which the tile has them. Rows beyond the last repeat it; nobody reads them. */
 INLINE void decode_tile(const product *p, const codebook *code, int64_t j0, int64_t outputs, int64_t t0, int64_t steps,
@@ -62,6 +72,10 @@ INLINE void decode_tile(const product *p, const codebook *code, int64_t j0, int6
     for (int64_t j = 0; j < outputs; j += LANES) {
         float *panel = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL, scale[LANES];
         int64_t first[LANES];
+        if (j + LANES < outputs)
+            fetch_rows(p, j0 + j + LANES, t0, steps);
+        else if (t0 + steps < p->K)
+            fetch_rows(p, j0, t0 + steps, steps);
         for (int i = 0; i < LANES; i++) first[i] = (j0 + smaller(j + i, outputs - 1)) * p->K;
         for (int64_t t = t0; t < t0 + steps; t += 32) {
             const uint8_t *row[LANES];
@@ -155,11 +169,6 @@ static void multiply_edge(const float *x, const float *w, int64_t steps, float *
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < outputs; j++)
             y[i * y_step + j] = add ? y[i * y_step + j] + whole[i * PANEL + j] : whole[i * PANEL + j];
-}
-
-/* The lines of x's next rows, and of the sums: too short stretches for the processor to notice where they lead. */
-INLINE void fetch(const char *at, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 /* Columns t0 … of `rows` rows, which are `length` long, side by side. */
