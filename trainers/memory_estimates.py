@@ -1,4 +1,4 @@
-"""Estimates of what a step holds for a while: activations, a chunk of logits, the workspace of a backward, a KV cache.
+"""Estimates of what a step holds for a while: activations, a part of the logits, a backward's workspace, a KV cache.
 
 Kept for backward, a token and layer, with s bytes an activation (elementwise.py, recompute.py, lora_matmul.py):
 
@@ -37,7 +37,7 @@ def activations(config: DecoderConfig, setup: Setup) -> int:
 
 
 def head_chunk(config: DecoderConfig, setup: Setup) -> int:
-    """The output layer's forward: a chunk of logits, and of all predictions their hidden states' gradient."""
+    """The output layer's forward: a chunk or tile of logits, and of all predictions their hidden states' gradient."""
     s, D, V, M = setup.itemsize, config.hidden_size, config.vocab_size, setup.predictions
     m = _chunk_rows(V, M)
     if setup.trainer == "distill":
