@@ -243,9 +243,9 @@ def low_rank_product(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor
     """x (…, K) · weightᵀ + low (M, r) · upᵀ + bias → (…, N), rounded once. weight (N, K), up (N, r), in x.dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     if low is None or up is None:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     if x.dtype in (torch.float32, torch.float64):  # adding afterwards costs a last bit, and spares a copy of weight
-        return torch.addmm(_rows(F.linear(x, weight, bias)), low, up.T).view(*x.shape[:-1], len(weight))
+        return torch.addmm(_rows(linear(x, weight, bias)), low, up.T).view(*x.shape[:-1], len(weight))
     side_by_side = torch.cat([x, low.view(*x.shape[:-1], low.shape[1])], -1)
     return F.linear(side_by_side, torch.cat([weight, up], 1), bias)
 
