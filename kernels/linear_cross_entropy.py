@@ -126,10 +126,7 @@ def _logits(hidden: Tensor, head: Head, options: _Options) -> Tensor:
 
 
 def _chunks(n_rows: int, V: int) -> list[slice]:
-    """Of equal size: a short last one would read the whole head for a few rows."""
-    most = max(1, CHUNK_BYTES // (4 * V))
-    rows = -(-n_rows // -(-n_rows // most)) if n_rows else 1
-    return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+    return vocabulary_tiles.row_blocks(n_rows, max(1, CHUNK_BYTES // (4 * V)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

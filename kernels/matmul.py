@@ -86,15 +86,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _CastLinear.apply(x, weight, bias)
 
 
-def product_in_c(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """x (M, K) · weightᵀ → (M, N), in `out` if given, without a cast of the weight; None where no C kernel serves."""
+def product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x (M, K) · weightᵀ → (M, N), without a cast of the weight; None where no C kernel serves."""
     if asked_backend() not in ("auto", "cpu"):
         return None
     from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
 
     if not dense.serves(x, weight):
         return None
-    return dense.product(x, weight, empty((len(x), len(weight)), x.dtype) if out is None else out)
+    return dense.product(x, weight, empty((len(x), len(weight)), x.dtype))
 
 
 class _CastLinear(torch.autograd.Function):

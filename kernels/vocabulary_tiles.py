@@ -101,7 +101,7 @@ def losses(
     nll, m, log_total = (torch.empty(len(targets), dtype=hidden.dtype, device=hidden.device) for _ in range(3))
     entropy = torch.zeros_like(nll)
     slope = torch.empty_like(hidden) if with_slope else None
-    for rows in _row_blocks(len(targets)):
+    for rows in row_blocks(len(targets), ROWS):
         x, dx = hidden[rows], None if slope is None else slope[rows]
         sums = RunningSoftmax(targets[rows], temperature, hidden, with_entropy)
         buffer = empty((len(x), TILE), hidden.dtype, hidden.device)
@@ -127,7 +127,7 @@ def gradients(
     scale = (dnll / temperature)[:, None]
     scaled, dx = hidden * scale, empty_like(hidden)
     dW = torch.empty_like(weight) if len(targets) else torch.zeros_like(weight)
-    for rows in _row_blocks(len(targets)):
+    for rows in row_blocks(len(targets), ROWS):
         buffer = empty((len(hidden[rows]), TILE), hidden.dtype, hidden.device)
         for first in range(0, len(weight), TILE):
             words = slice(first, first + TILE)
@@ -139,9 +139,9 @@ def gradients(
     return dx.sub_(weight[targets]).mul_(scale), dW
 
 
-def _row_blocks(M: int) -> list[slice]:
-    """Of equal size: a short last one would read the whole head for a few rows."""
-    rows = -(-M // -(-M // ROWS)) if M else 1
+def row_blocks(M: int, most: int) -> list[slice]:
+    """M rows in blocks of at most `most`, of equal size: a short last one would read the whole head for a few rows."""
+    rows = -(-M // -(-M // most)) if M else 1
     return [slice(start, min(start + rows, M)) for start in range(0, M, rows)]
 
 
