@@ -203,7 +203,8 @@ class _UnderDenseHead(torch.autograd.Function):
             return dnll[:, None] * ctx.saved_tensors[0], None, None, None
         hidden, weight, targets, *sums = ctx.saved_tensors
         with ctx.backend():
-            dx, dW = vocabulary_tiles.gradients(hidden, weight, targets, sums, dnll, ctx.temperature)
+            options = (ctx.temperature, ctx.needs_input_grad[0])
+            dx, dW = vocabulary_tiles.gradients(hidden, weight, targets, sums, dnll, *options)
         return dx, None, None, dW
 
 

@@ -120,12 +120,18 @@ def losses(
 
 
 def gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, sums: Sequence[Tensor], dnll: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """dx (M, D) and dW (V, D); `sums` are m and log_total as `losses` found them, dnll (M,)."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    sums: Sequence[Tensor],
+    dnll: Tensor,
+    temperature: float,
+    want_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """dx (M, D), if it is wanted, and dW (V, D); `sums` are m and log_total as `losses` found them, dnll (M,)."""
     m, log_total = sums
     scale = (dnll / temperature)[:, None]
-    scaled, dx = hidden * scale, empty_like(hidden)
+    scaled, dx = hidden * scale, empty_like(hidden) if want_dx else None
     dW = torch.empty_like(weight) if len(targets) else torch.zeros_like(weight)
     for rows in row_blocks(len(targets), ROWS):
         buffer = empty((len(hidden[rows]), TILE), hidden.dtype, hidden.device)
@@ -133,10 +139,11 @@ def gradients(
             words = slice(first, first + TILE)
             p = _logits(hidden[rows], weight[words], buffer).sub_(m[rows, None])
             p.div_(temperature).sub_(log_total[rows, None]).exp_()
-            torch.addmm(dx[rows], p, weight[words], beta=1 if first else 0, out=dx[rows])
+            if dx is not None:
+                torch.addmm(dx[rows], p, weight[words], beta=1 if first else 0, out=dx[rows])
             torch.addmm(dW[words], p.T, scaled[rows], beta=1 if rows.start else 0, out=dW[words])
     dW.index_add_(0, targets, scaled, alpha=-1)
-    return dx.sub_(weight[targets]).mul_(scale), dW
+    return None if dx is None else dx.sub_(weight[targets]).mul_(scale), dW
 
 
 def row_blocks(M: int, most: int) -> list[slice]:

@@ -194,6 +194,10 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
     assert weight.grad is None
     assert term.A.grad is None
     assert term.B.grad.abs().sum() > 0
+    alone, both = leaf(weight), leaf(weight)
+    linear_cross_entropy(hidden.detach(), alone, torch.tensor(TARGETS)).sum().backward()
+    linear_cross_entropy(hidden, both, torch.tensor(TARGETS)).sum().backward()
+    assert torch.equal(alone.grad, both.grad)
     frozen = linear_cross_entropy(hidden.detach(), weight, torch.tensor(TARGETS))
     assert not frozen.requires_grad
 
