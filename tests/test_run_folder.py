@@ -1,5 +1,6 @@
 """trainers/run_folder, fingerprint: a resumed run has the model, the chat template and the flags it began with."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -110,3 +111,17 @@ def test_which_flags_name_a_model(config, tmp_path):
     assert fingerprints({"model": config.model, "teacher": None, "chat_template": None}).keys() == {"model_sha256"}
     worn = fingerprints({"teacher": config.model, "teacher_adapter": config.model})
     assert worn.keys() == {"teacher_sha256", "teacher_adapter_sha256"}
+
+
+def test_the_collector_leaves_out_what_a_run_loaded_until_it_ends_or_fails(config, monkeypatch):
+    seen = []
+
+    def fail(*_, **__):
+        seen.append(gc.get_freeze_count())
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(sft, "train_step", fail)
+    with pytest.raises(ValueError, match="stop here"):
+        sft.train(config, quiet=True)
+    assert seen[0] > 0
+    assert gc.get_freeze_count() == 0
