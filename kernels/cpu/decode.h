@@ -16,6 +16,8 @@ typedef struct {
 } projection;
 
 /* decode.py holds the fields of these two in the same order. */
+enum { OF_ONE_X = 3 }; /* projections that are one call, at most: q, k, v; gate, up */
+
 typedef struct {
     projection q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two (Dh,), or NULL */
@@ -53,11 +55,17 @@ static void next_rows(const decode_step *s, const float *added, const float *gai
     }
 }
 
-/* y (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias. */
-static void linear_rows(const decode_step *s, const projection *p, const float *x, float *y, float *low, float *rest) {
-    if (p->r) FOR_ISA(narrow)(x, p->down, s->R, p->r, p->K, low, s->threads);
-    const product single = {p->q, s->R, p->N, p->K, p->r, x, y, FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
-    FOR_ISA(matmul)(&single);
+/* y[i] (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias, for `count` projections of one x. */
+static void linear_rows(const decode_step *s, const projection *projections, int count, const float *x, float *const *y,
+                        float *low, float *rest) {
+    product products[OF_ONE_X];
+    for (int i = 0; i < count; i++) {
+        const projection *p = projections + i;
+        if (p->r) FOR_ISA(narrow)(x, p->down, s->R, p->r, p->K, low, s->threads);
+        products[i] = (product){p->q, s->R, p->N, p->K, p->r, x, y[i], FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
+        low += s->R * p->r;
+    }
+    products_of_one_x(products, count);
 }
 
 /* One head: normed if gain, turned if cos (a pair is i and i + Dh/2). */
@@ -167,7 +175,7 @@ int64_t FOR_ISA(decode_floats)(const decode_step *s, const decoder_layer *layers
             rank = p->r > rank ? p->r : rank;
             largest = floats > largest ? floats : largest;
         }
-    return s->R * (2 * s->D + widest + attended + rank) + s->threads * score_floats(s) + largest;
+    return s->R * (2 * s->D + widest + attended + OF_ONE_X * rank) + s->threads * score_floats(s) + largest;
 }
 
 void FOR_ISA(decode)(const decode_step *s, const decoder_layer *layers, int64_t n_layers) {
@@ -177,19 +185,16 @@ void FOR_ISA(decode)(const decode_step *s, const decoder_layer *layers, int64_t 
         for (const projection *p = &l->q; p <= &l->down; p++) rank = p->r > rank ? p->r : rank;
     float *h = s->workspace, *added = h + R * s->D, *q = added + R * s->D, *k = q + R * q_width, *v = k + R * kv_width;
     float *gate = q, *up = gate + R * s->inner, *y = q + R * widest, *low = y + R * q_width;
-    float *scores = low + R * rank, *rest = scores + s->threads * score_floats(s);
+    float *scores = low + OF_ONE_X * R * rank, *rest = scores + s->threads * score_floats(s);
     for (const decoder_layer *l = layers; l < layers + n_layers; l++) {
         next_rows(s, l > layers ? added : NULL, l->input_norm, h);
-        linear_rows(s, &l->q, h, q, low, rest);
-        linear_rows(s, &l->k, h, k, low, rest);
-        linear_rows(s, &l->v, h, v, low, rest);
+        linear_rows(s, &l->q, 3, h, (float *[]){q, k, v}, low, rest);
         attention_rows(s, l, q, k, v, scores, score_floats(s), y);
-        linear_rows(s, &l->o, y, added, low, rest);
+        linear_rows(s, &l->o, 1, y, &added, low, rest);
         next_rows(s, added, l->post_norm, h);
-        linear_rows(s, &l->gate, h, gate, low, rest);
-        linear_rows(s, &l->up, h, up, low, rest);
+        linear_rows(s, &l->gate, 2, h, (float *[]){gate, up}, low, rest);
         FOR_ISA(swiglu)(gate, up, FP32, R * s->inner, gate, s->threads);
-        linear_rows(s, &l->down, gate, added, low, rest);
+        linear_rows(s, &l->down, 1, gate, &added, low, rest);
     }
     if (n_layers) next_rows(s, added, NULL, h);
 }

@@ -18,12 +18,15 @@
 #include "low_rank.h"
 #include "attention.h"
 
-void FOR_ISA(matmul)(const product *p) {
+/* `count` products of one x, which differ in q, N, r, y, bias, low and up alone. */
+static void products_of_one_x(const product *p, int count) {
     if (p->q && p->M <= SMALL && p->K % SMALL_GROUP == 0)
-        few_rows(p);
+        few_rows(p, count);
     else
-        many_rows(p, 0);
+        for (int i = 0; i < count; i++) many_rows(p + i, 0);
 }
+
+void FOR_ISA(matmul)(const product *p) { products_of_one_x(p, 1); }
 
 void FOR_ISA(matmul_dx)(const product *p) { many_rows(p, 1); }
 

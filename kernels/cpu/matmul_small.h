@@ -1,10 +1,18 @@
 /* matmul_small.h: forward for 1 to 8 rows, as in decoding, where K is a multiple of 64. Included by kernels.c alone.
 
    Here decoding the weight is the larger part of the work, so nothing decoded is stored: 64 weights go from bytes into
-   registers and are multiplied with every row at once. A scale multiplies its block's sums and not each weight. A row's
-   result is the same to the bit with any other rows beside it. */
+   registers and are multiplied with every row at once. Where the table of levels is one register (AVX-512) a scale
+   multiplies the table, 16 levels for 64 weights; elsewhere its block's sums, and not each weight. A row's result is the
+   same to the bit with any other rows beside it. */
 
-enum { SMALL = 8, SMALL_OUT = 32, SMALL_GROUP = 64, L1_FLOATS = 4096, AHEAD = 2048 };
+enum {
+    SMALL = 8,
+    SMALL_OUT = 32,
+    SMALL_ROWS = LANES == 16 ? 2 : 1, /* of the weight, which share each load of x: loads are as scarce as products */
+    SMALL_GROUP = 64,
+    L1_FLOATS = 5120,
+    AHEAD = 2048
+};
 
 /* Columns taken at a time, so that all rows of x stay in the L1 cache. */
 INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / SMALL_GROUP * SMALL_GROUP; }
@@ -23,27 +31,38 @@ INLINE void fill_table(const weight *q, int64_t block2, scale_table *table) {
     table->block2 = block2;
 }
 
-/* acc[m] += Σ_k Ŵ[first + k] · x[m][k] over k < 64 · groups, in lanes. x is [group][m][64], in decode64_mixed's order;
-   first is a multiple of 64. A block's scale is scale[index[block]], or scale[block] where index is NULL. The bytes
-   `ahead` are fetched meanwhile: pieces of rows are too short for the processor to notice where they lead. */
-INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, const uint8_t *index, const float *scale,
-                       const float *x, int64_t groups, int64_t ahead, vec *acc, const int M) {
-    enum { VECS = SMALL_GROUP / LANES, PART = VECS / SCALES_OF_64, HALF = PART / 2 };
-    const int64_t shift = q->shift - 5;
-    const uint8_t *packed = q->packed + first / 2;
-    int64_t run = first >> 5; /* of 32 weights, which one block has */
-    for (int64_t group = 0; group < groups; group++, packed += SMALL_GROUP / 2, x += SMALL_GROUP * M, run += 2) {
-        vec levels[VECS], scales[SCALES_OF_64];
-        __builtin_prefetch(packed + ahead);
-        int64_t block = run >> shift;
-        float here = index ? scale[index[block]] : scale[block];
-        if (shift) {
-            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = every(here);
+/* acc[r][m] += Σ_k Ŵ[r][k] · x[m][k], in lanes, over 64 weights of `rows` rows of Ŵ, row r's at packed + r · step. here[r] is
+   the scale of its first 32, next[r] of the others. x is [m][64], in decode64_mixed's order. */
+#if LANES == 16
+INLINE void add_group(const uint8_t *packed, int64_t step, const codebook *code, const float *here, const float *next,
+                      int one_scale, const float *x, vec (*acc)[SMALL], const int M, const int rows) {
+    vec levels[SMALL_ROWS][4];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
+        if (one_scale) {
+            const codebook scaled = times(code, here[r]);
+            decode64_mixed(packed + r * step, &scaled, levels[r]);
         } else {
-            float next = index ? scale[index[block + 1]] : scale[block + 1];
-            for (int i = 0; i < SCALES_OF_64; i++) scales[i] = two_scales(here, next, i);
+            decode64_mixed(packed + r * step, code, levels[r]);
+            for (int j = 0; j < 4; j++) levels[r][j] *= two_scales(here[r], next[r], 0);
         }
-        decode64_mixed(packed, code, levels);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const vec x_j = once(load(x + m * SMALL_GROUP + j * LANES));
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) acc[r][m] = fma_(levels[r][j], x_j, acc[r][m]);
+        }
+}
+#else
+INLINE void add_group(const uint8_t *packed, int64_t step, const codebook *code, const float *here, const float *next,
+                      int one_scale, const float *x, vec (*acc)[SMALL], const int M, const int rows) {
+    enum { VECS = SMALL_GROUP / LANES, PART = VECS / SCALES_OF_64, HALF = PART / 2 };
+    for (int r = 0; r < rows; r++) {
+        vec levels[VECS], scales[SCALES_OF_64];
+        for (int i = 0; i < SCALES_OF_64; i++) scales[i] = one_scale ? every(here[r]) : two_scales(here[r], next[r], i);
+        decode64_mixed(packed + r * step, code, levels);
         for (int m = 0; m < M; m++)
             for (int i = 0; i < SCALES_OF_64; i++) {
                 const float *row = x + m * SMALL_GROUP + i * PART * LANES;
@@ -53,28 +72,60 @@ INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, con
                     one = fma_(level[j], load(row + j * LANES), one);
                     other = fma_(level[HALF + j], load(row + (HALF + j) * LANES), other);
                 }
-                acc[m] = fma_(one + other, scales[i], acc[m]);
+                acc[r][m] = fma_(one + other, scales[i], acc[r][m]);
             }
     }
+}
+#endif
+
+/* The same for 64 · groups weights of each row; first is a multiple of 64. A block's scale is scale[index[block]], or
+   scale[block] where index is NULL. The bytes `ahead` are fetched meanwhile: pieces of rows are too short for the
+   processor to notice where they lead. */
+INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, int64_t K, const uint8_t *index,
+                       const float *scale, const float *x, int64_t groups, int64_t ahead, vec (*sums)[SMALL], const int M,
+                       const int rows) {
+    const int64_t shift = q->shift;
+    vec acc[SMALL_ROWS][SMALL];
+    for (int r = 0; r < rows; r++)
+        for (int m = 0; m < M; m++) acc[r][m] = sums[r][m];
+    for (int64_t group = 0; group < groups; group++, first += SMALL_GROUP, x += SMALL_GROUP * M) {
+        float here[SMALL_ROWS], next[SMALL_ROWS];
+        for (int r = 0; r < rows; r++) {
+            const int64_t at = first + r * K, block = at >> shift;
+            __builtin_prefetch(q->packed + at / 2 + ahead);
+            here[r] = next[r] = index ? scale[index[block]] : scale[block];
+            if (shift == 5) next[r] = index ? scale[index[block + 1]] : scale[block + 1];
+        }
+        add_group(q->packed + first / 2, K / 2, code, here, next, shift > 5, x, acc, M, rows);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int m = 0; m < M; m++) sums[r][m] = acc[r][m];
 }
 
 /* The same for n weights of one row, whose blocks may have several absmax2. */
 INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const float *x, int64_t n, int64_t ahead,
-                    scale_table *table, vec *sums, const int M) {
-    vec acc[SMALL];
-    for (int m = 0; m < M; m++) acc[m] = sums[m];
-    if (q->absmax) {
-        dot_groups(q, code, first, NULL, q->absmax, x, n / SMALL_GROUP, ahead, acc, M);
-    } else {
-        const int64_t shift = q->shift + q->shift2;
-        for (int64_t i = first, stop = first + n, end; i < stop; i = end) {
-            end = smaller(stop, ((i >> shift) + 1) << shift);
-            fill_table(q, i >> shift, table);
-            dot_groups(q, code, i, q->absmax_8bit, table->scale, x + (i - first) * M, (end - i) / SMALL_GROUP, ahead,
-                       acc, M);
-        }
+                    scale_table *table, vec (*sums)[SMALL], const int M) {
+    const int64_t shift = q->shift + q->shift2;
+    for (int64_t i = first, stop = first + n, end; i < stop; i = end) {
+        end = smaller(stop, ((i >> shift) + 1) << shift);
+        fill_table(q, i >> shift, table);
+        dot_groups(q, code, i, 0, q->absmax_8bit, table->scale, x + (i - first) * M, (end - i) / SMALL_GROUP, ahead, sums,
+                   M, 1);
     }
-    for (int m = 0; m < M; m++) sums[m] = acc[m];
+}
+
+/* The same for n weights of each of `rows` rows: together where all their blocks have one absmax2, or there is none. */
+INLINE void dot_rows(const weight *q, const codebook *code, int64_t first, int64_t K, const float *x, int64_t n,
+                     int64_t ahead, scale_table *table, vec (*sums)[SMALL], const int M, const int rows) {
+    const int64_t shift = q->shift + q->shift2, last = first + (rows - 1) * K + n - 1;
+    if (q->absmax) {
+        dot_groups(q, code, first, K, NULL, q->absmax, x, n / SMALL_GROUP, ahead, sums, M, rows);
+    } else if (first >> shift == last >> shift) {
+        fill_table(q, first >> shift, table);
+        dot_groups(q, code, first, K, q->absmax_8bit, table->scale, x, n / SMALL_GROUP, ahead, sums, M, rows);
+    } else {
+        for (int r = 0; r < rows; r++) dot_row(q, code, first + r * K, x, n, ahead, table, sums + r, M);
+    }
 }
 
 /* Lane i of what is returned: the sum over sums[i]. Each round sets two sums side by side, half as long. */
@@ -115,13 +166,16 @@ INLINE void few_rows_tile(const product *p, const codebook *code, const float *x
     for (int64_t k = 0; k < p->K; k += columns) {
         int64_t next = k + columns < p->K ? columns : SMALL_OUT * p->K - k; /* these rows' next piece, or other rows */
         int64_t ahead = columns < p->K ? next / 2 : AHEAD;
-        for (int64_t n = 0; n < outputs; n++)
-            dot_row(p->q, code, (n0 + n) * p->K + k, x + k * M, smaller(columns, p->K - k), ahead, &table, sums[n], M);
+        const int64_t here = smaller(columns, p->K - k), first = n0 * p->K + k;
+        int64_t n = 0;
+        for (; n + SMALL_ROWS <= outputs; n += SMALL_ROWS)
+            dot_rows(p->q, code, first + n * p->K, p->K, x + k * M, here, ahead, &table, sums + n, M, SMALL_ROWS);
+        for (; n < outputs; n++) dot_rows(p->q, code, first + n * p->K, p->K, x + k * M, here, ahead, &table, sums + n, M, 1);
     }
     for (int64_t n = outputs; n < SMALL_OUT; n++)
         for (int m = 0; m < M; m++) sums[n][m] = (vec){0};
     for (int m = 0; m < M; m++) {
-        for (int64_t n = 0; n < outputs; n++) add_low_rank(p, m, n0 + n, &sums[n][m]);
+        for (int64_t n = 0; n < outputs && p->r; n++) add_low_rank(p, m, n0 + n, &sums[n][m]);
         for (int n = 0; n < SMALL_OUT; n += LANES) {
             vec part[LANES];
             for (int i = 0; i < LANES; i++) part[i] = sums[n + i][m];
@@ -145,17 +199,32 @@ static void few_rows_tile_of(const product *p, const codebook *code, const float
     }
 }
 
-static void few_rows(const product *p) {
-#pragma omp parallel for num_threads(p->threads) schedule(static) if (p->M * p->K > FEW)
-    for (int64_t k = 0; k < p->K; k += SMALL_GROUP)
-        for (int64_t m = 0; m < p->M; m++) {
-            float row[SMALL_GROUP], *mixed = p->workspace + (k * p->M + m * SMALL_GROUP);
-            read_row(p->x, p->dtype, m * p->K + k, SMALL_GROUP, row);
-            for (int j = 0; j < SMALL_GROUP; j++) mixed[j] = row[MIXED(j)];
-        }
-    const codebook code = load_codebook(p->q->code);
-    const int64_t tasks = (p->N + SMALL_OUT - 1) / SMALL_OUT;
+INLINE int64_t tasks_of(const product *p) { return (p->N + SMALL_OUT - 1) / SMALL_OUT; }
+
+/* `count` products of one x, which is mixed once; their tasks lie one behind the other. */
+static void few_rows(const product *products, int count) {
+    const product *p = products;
+    float *mixed = p->workspace;
+    int64_t tasks = 0;
+    for (int i = 0; i < count; i++) tasks += tasks_of(p + i);
+#pragma omp parallel num_threads(p->threads)
+    {
+        codebook code = load_codebook(p->q->code);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < p->K; k += SMALL_GROUP)
+            for (int64_t m = 0; m < p->M; m++) {
+                float row[SMALL_GROUP], *group = mixed + k * p->M + m * SMALL_GROUP;
+                read_row(p->x, p->dtype, m * p->K + k, SMALL_GROUP, row);
+                for (int j = 0; j < SMALL_GROUP; j++) group[j] = row[MIXED(j)];
+            }
 /* Long runs of tasks, since each fetches ahead for the one behind it, then shorter ones as the threads get to them. */
-#pragma omp parallel for num_threads(p->threads) schedule(guided, 4)
-    for (int64_t task = 0; task < tasks; task++) few_rows_tile_of(p, &code, p->workspace, task * SMALL_OUT);
+#pragma omp for schedule(guided)
+        for (int64_t task = 0; task < tasks; task++) {
+            const product *own = products;
+            int64_t first = task;
+            for (; first >= tasks_of(own); own++) first -= tasks_of(own);
+            if (code.level != own->q->code) code = load_codebook(own->q->code);
+            few_rows_tile_of(own, &code, mixed, first * SMALL_OUT);
+        }
+    }
 }
