@@ -10,12 +10,15 @@ enum {
     SMALL_OUT = 32,
     SMALL_ROWS = LANES == 16 ? 2 : 1, /* of the weight, which share each load of x: loads are as scarce as products */
     SMALL_GROUP = 64,
-    L1_FLOATS = 5120,
+    L1_FLOATS = 4608, /* 8 rows of 576 */
     AHEAD = 2048
 };
 
-/* Columns taken at a time, so that all rows of x stay in the L1 cache. */
-INLINE int64_t columns_of(int64_t M) { return L1_FLOATS / M / SMALL_GROUP * SMALL_GROUP; }
+/* Columns taken at a time, so that all rows of x stay in the L1 cache: even pieces of K. */
+INLINE int64_t columns_of(int64_t M, int64_t K) {
+    int64_t groups = K / SMALL_GROUP, pieces = (K * M + L1_FLOATS - 1) / L1_FLOATS;
+    return (groups + pieces - 1) / pieces * SMALL_GROUP;
+}
 
 /* Under double quantization, all scales that blocks with one absmax2 can have: 256 of them for 256 blocks, so that a
    block's scale is one load. */
@@ -78,25 +81,27 @@ INLINE void add_group(const uint8_t *packed, int64_t step, const codebook *code,
 }
 #endif
 
-/* The same for 64 · groups weights of each row; first is a multiple of 64. A block's scale is scale[index[block]], or
-   scale[block] where index is NULL. The bytes `ahead` are fetched meanwhile: pieces of rows are too short for the
-   processor to notice where they lead. */
-INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, int64_t K, const uint8_t *index,
-                       const float *scale, const float *x, int64_t groups, int64_t ahead, vec (*sums)[SMALL], const int M,
-                       const int rows) {
-    const int64_t shift = q->shift;
+/* The same for 64 · groups weights of each row; first is a multiple of 64. Under double quantization `table` has the scales
+   of these blocks. The bytes `ahead` are fetched meanwhile: pieces of rows are too short for the processor to notice
+   where they lead. */
+INLINE void dot_groups(const weight *q, const codebook *code, int64_t first, int64_t K, const scale_table *table,
+                       const float *x, int64_t groups, int64_t ahead, vec (*sums)[SMALL], const int M, const int rows,
+                       const int double_quant) {
+    const int64_t shift = q->shift, step = K >> 1;
+    const uint8_t *packed = q->packed + (first >> 1);
     vec acc[SMALL_ROWS][SMALL];
     for (int r = 0; r < rows; r++)
         for (int m = 0; m < M; m++) acc[r][m] = sums[r][m];
-    for (int64_t group = 0; group < groups; group++, first += SMALL_GROUP, x += SMALL_GROUP * M) {
+#pragma GCC unroll 2
+    for (int64_t group = 0; group < groups; group++, first += SMALL_GROUP, packed += SMALL_GROUP / 2, x += SMALL_GROUP * M) {
         float here[SMALL_ROWS], next[SMALL_ROWS];
         for (int r = 0; r < rows; r++) {
-            const int64_t at = first + r * K, block = at >> shift;
-            __builtin_prefetch(q->packed + at / 2 + ahead);
-            here[r] = next[r] = index ? scale[index[block]] : scale[block];
-            if (shift == 5) next[r] = index ? scale[index[block + 1]] : scale[block + 1];
+            const int64_t block = (first + r * K) >> shift;
+            __builtin_prefetch(packed + r * step + ahead);
+            here[r] = double_quant ? table->scale[q->absmax_8bit[block]] : q->absmax[block];
+            if (shift == 5) next[r] = double_quant ? table->scale[q->absmax_8bit[block + 1]] : q->absmax[block + 1];
         }
-        add_group(q->packed + first / 2, K / 2, code, here, next, shift > 5, x, acc, M, rows);
+        add_group(packed, step, code, here, next, shift > 5, x, acc, M, rows);
     }
     for (int r = 0; r < rows; r++)
         for (int m = 0; m < M; m++) sums[r][m] = acc[r][m];
@@ -109,8 +114,7 @@ INLINE void dot_row(const weight *q, const codebook *code, int64_t first, const 
     for (int64_t i = first, stop = first + n, end; i < stop; i = end) {
         end = smaller(stop, ((i >> shift) + 1) << shift);
         fill_table(q, i >> shift, table);
-        dot_groups(q, code, i, 0, q->absmax_8bit, table->scale, x + (i - first) * M, (end - i) / SMALL_GROUP, ahead, sums,
-                   M, 1);
+        dot_groups(q, code, i, 0, table, x + (i - first) * M, (end - i) / SMALL_GROUP, ahead, sums, M, 1, 1);
     }
 }
 
@@ -119,10 +123,10 @@ INLINE void dot_rows(const weight *q, const codebook *code, int64_t first, int64
                      int64_t ahead, scale_table *table, vec (*sums)[SMALL], const int M, const int rows) {
     const int64_t shift = q->shift + q->shift2, last = first + (rows - 1) * K + n - 1;
     if (q->absmax) {
-        dot_groups(q, code, first, K, NULL, q->absmax, x, n / SMALL_GROUP, ahead, sums, M, rows);
+        dot_groups(q, code, first, K, table, x, n / SMALL_GROUP, ahead, sums, M, rows, 0);
     } else if (first >> shift == last >> shift) {
         fill_table(q, first >> shift, table);
-        dot_groups(q, code, first, K, q->absmax_8bit, table->scale, x, n / SMALL_GROUP, ahead, sums, M, rows);
+        dot_groups(q, code, first, K, table, x, n / SMALL_GROUP, ahead, sums, M, rows, 1);
     } else {
         for (int r = 0; r < rows; r++) dot_row(q, code, first + r * K, x, n, ahead, table, sums + r, M);
     }
@@ -160,7 +164,7 @@ INLINE void few_rows_tile(const product *p, const codebook *code, const float *x
     float line[SMALL_OUT];
     scale_table table;
     table.block2 = -1;
-    int64_t outputs = smaller(SMALL_OUT, p->N - n0), columns = columns_of(M);
+    int64_t outputs = smaller(SMALL_OUT, p->N - n0), columns = columns_of(M, p->K);
     for (int64_t n = 0; n < outputs; n++)
         for (int m = 0; m < M; m++) sums[n][m] = (vec){0};
     for (int64_t k = 0; k < p->K; k += columns) {
