@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -91,8 +92,8 @@ def _compile(compiler: list[str], folder: Path) -> Path:
         for isa, path in objects.items()
     ]
     commands.append([*compiler, *FLAGS, "-c", str(HERE / "cpuid.c"), "-o", str(folder / "cpuid.o")])
-    for command in commands:
-        _run(command, "compile the kernels")
+    with ThreadPoolExecutor() as pool:  # the instruction sets side by side
+        list(pool.map(lambda command: _run(command, "compile the kernels"), commands))
     library = folder / "kernels.so"
     inputs = [*map(str, objects.values()), str(folder / "cpuid.o")]
     _run([*compiler, "-shared", *openmp, *inputs, "-o", str(library), "-lm"], "link the kernels")
