@@ -86,6 +86,17 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert_within_noise(run(model), by_definition(model))
 
 
+@pytest.mark.parametrize("isa", usable_isas(build()))
+def test_projections_of_one_input_may_have_other_levels(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k and up in FP4 between q, v and gate in NF4: they are one call, and each looks up its own table."""
+    monkeypatch.setenv("QLORA_CPU_ISA", isa)
+    model = small_decoder(**{**EVERY["grouped"], **SIZES})
+    quantize_model(model, skip=("k_proj", "up_proj", "lm_head"))
+    quantize_model(model, quant_type="fp4")
+    assert is_served(model)
+    assert_within_noise(run(model), by_definition(model))
+
+
 def test_adapters_that_are_on_and_trained_biases() -> None:
     model = in_4_bits("biases")
     for name, r in (("one", 4), ("two", 3)):

@@ -15,9 +15,9 @@ typedef struct {
     const float *bias, *down, *up; /* (N,) or NULL; all adapters side by side: A (r, K), scaling · B (N, r) */
 } projection;
 
-/* decode.py holds the fields of these two in the same order. */
 enum { OF_ONE_X = 3 }; /* projections that are one call, at most: q, k, v; gate, up */
 
+/* decode.py holds the fields of these two in the same order. */
 typedef struct {
     projection q, k, v, o, gate, up, down;
     const float *input_norm, *post_norm, *q_norm, *k_norm; /* the last two (Dh,), or NULL */

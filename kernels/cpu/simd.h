@@ -74,16 +74,6 @@ INLINE vec every(float s) { return (vec){s, s, s, s}; }
 INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 #endif
 
-/* A vector that is loaded once, though it is used twice: compilers like to load it again with each use. */
-#if defined(ISA_AVX512) || defined(ISA_AVX2)
-INLINE vec once(vec v) {
-    __asm__("" : "+v"(v));
-    return v;
-}
-#else
-INLINE vec once(vec v) { return v; }
-#endif
-
 /* table[index] in every lane, of 8 entries. The upper bits of an index must be 0. */
 #if defined(ISA_AVX512)
 INLINE vec take8(const float *table, ivec index) {
@@ -173,6 +163,12 @@ typedef struct {
 } codebook;
 
 INLINE codebook load_codebook(const float *level) { return (codebook){level, _mm512_loadu_ps(level)}; }
+
+/* Loaded once, though it is used twice: compilers like to load a vector again with each use. */
+INLINE vec once(vec v) {
+    __asm__("" : "+v"(v));
+    return v;
+}
 
 INLINE codebook times(const codebook *code, float scale) {
     return (codebook){code->level, _mm512_mul_ps(code->levels, _mm512_set1_ps(scale))};
