@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.small_teacher import Made, config_for, make
-from trainers import distill
+from trainers import distill, world
 from trainers.distill_config import DistillConfig
 from trainers.metrics import read_metrics
 
@@ -32,7 +32,7 @@ def config(folder: Path, who: str, name: str) -> DistillConfig:
 def train_as_rank(folder: str, rank: str) -> None:
     """Runs in a process of its own."""
     meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
+    world.join(init_method=meeting, rank=int(rank), world_size=2)
     for name in WAYS:
         distill.train(config(Path(folder), "two", name), quiet=True)
     torch.distributed.destroy_process_group()

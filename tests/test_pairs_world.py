@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.pair_rows import PAIRS
 from tests.small_base import write_base, write_rows
-from trainers import dpo, orpo
+from trainers import dpo, orpo, world
 from trainers.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def train(folder: Path, name: str, out: str, **changes) -> None:
 def train_as_rank(folder: str, rank: str) -> None:
     """Runs in a process of its own."""
     meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=int(rank), world_size=2)
+    world.join(init_method=meeting, rank=int(rank), world_size=2)
     for name in WAYS:
         train(Path(folder), name, f"{name}-two")
     torch.distributed.destroy_process_group()

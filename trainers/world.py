@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,19 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join()
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def join(**meeting: Any) -> None:
+    """Meet the other processes: where torchrun says, or as `meeting` says to torch's init_process_group."""
+    # Imported while a group lives, this keeps it (in default arguments), and gloo's threads, which can abort the exit.
+    import torch.distributed.nn
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **meeting)
 
 
 def world_size() -> int:
