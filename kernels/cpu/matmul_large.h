@@ -134,6 +134,7 @@ INLINE void multiply(const float *x, const float *w, int64_t steps, float *y, in
     vec sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){0};
+#pragma GCC unroll 4
     for (int64_t t = 0; t < steps; t++, w += PANEL) {
         vec w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 12
@@ -178,7 +179,7 @@ INLINE void copy_columns(const void *x, int dtype, int64_t length, int64_t t0, i
         int64_t t = 0;
         if (dtype == FP32) /* memcpy takes long to start */
             for (; t + LANES <= steps; t += LANES) store(out + t, load((const float *)x + at + t));
-        read_row(x, dtype, at + t, steps - t, out + t);
+        if (t < steps) read_row(x, dtype, at + t, steps - t, out + t);
     }
 }
 
