@@ -11,6 +11,7 @@ for `--rounds` rounds. Before any time counts, the losses of the first step must
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -73,6 +74,8 @@ def ours(checkpointed: bool, dtype: str) -> tuple[Any, Any, Any]:
 
     config = sft.SFTConfig(data="", out="", r=RANK, dtype=dtype, gradient_checkpointing=checkpointed, seed=0)
     model = sft.prepare_model(config).train()
+    gc.collect()
+    gc.freeze()  # as a run does (trainers/run.py)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         all_learnt = torch.ones_like(ids)

@@ -25,7 +25,7 @@ enum {
     REDUCE = 288,            /* steps of the reduction that lie together: TILE_ROWS rows of x stay in the L1 cache */
     STEPS = LANES == 4 ? 32 : REDUCE, /* steps summed at a time: few where each may round twice, for want of an fma */
     ROOM = LANES == 4 ? 0 : 32, /* and low-rank steps that are summed with the last of them */
-    OUT = 288,               /* outputs a tile at most */
+    OUT = LANES == 8 ? 192 : 288, /* outputs a tile at most: where AVX2 is all, the L2 cache is half as large */
     ROWS = 516,              /* rows of x that share a decoded tile: a multiple of TILE_ROWS */
     TILE_STEPS = REDUCE + ROOM,
     X_STEP = TILE_STEPS + 16, /* between rows that lie side by side: not a power of two, or they would share cache sets */
