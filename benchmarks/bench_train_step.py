@@ -74,8 +74,6 @@ def ours(checkpointed: bool, dtype: str) -> tuple[Any, Any, Any]:
 
     config = sft.SFTConfig(data="", out="", r=RANK, dtype=dtype, gradient_checkpointing=checkpointed, seed=0)
     model = sft.prepare_model(config).train()
-    gc.collect()
-    gc.freeze()  # as a run does (trainers/run.py)
 
     def loss(ids: torch.Tensor) -> torch.Tensor:
         all_learnt = torch.ones_like(ids)
@@ -113,6 +111,8 @@ def measure(who: str, checkpointed: bool, dtype: str, folder: str, steps: int) -
 
     torch.manual_seed(0)
     model, parameters, loss_of = ours(checkpointed, dtype) if who == "ours" else peer(checkpointed, dtype, folder)
+    gc.collect()
+    gc.freeze()  # in every arm, as a run of ours does (trainers/run.py)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     batches = [
         torch.randint(1000, 40_000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(i)) for i in range(2)

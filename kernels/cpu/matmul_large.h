@@ -134,7 +134,7 @@ INLINE void multiply(const float *x, const float *w, int64_t steps, float *y, in
     vec sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){0};
-#pragma GCC unroll 4
+#pragma GCC unroll 4 /* counting each step would take slots from the products */
     for (int64_t t = 0; t < steps; t++, w += PANEL) {
         vec w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 12
