@@ -20,10 +20,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+AVX512 = ("-DISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 ISA_FLAGS = {
     "portable": (),
     "avx2": ("-DISA_AVX2", "-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-DISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-DISA_AVX512_BF16", "-mavx512bf16"),
 }
 OPENMP = ("-fopenmp",)
 SECONDS = 300
@@ -84,9 +86,10 @@ def source_key(compiler: list[str]) -> str:
 
 
 def _compile(compiler: list[str], folder: Path) -> Path:
-    """Compile in `folder`; without OpenMP, on one thread, where the compiler has none."""
+    """Compile in `folder`; without OpenMP, on one thread, where the compiler has none, and without the instruction sets
+    that it does not know."""
     openmp = OPENMP if _has_openmp(compiler, folder) else ()
-    objects = {isa: folder / f"{isa}.o" for isa in isas()}
+    objects = {isa: folder / f"{isa}.o" for isa in isas() if _knows(compiler, isa, folder)}
     commands = [
         [*compiler, *FLAGS, *openmp, *ISA_FLAGS[isa], "-c", str(HERE / "kernels.c"), "-o", str(path)]
         for isa, path in objects.items()
@@ -101,10 +104,20 @@ def _compile(compiler: list[str], folder: Path) -> Path:
 
 
 def _has_openmp(compiler: list[str], folder: Path) -> bool:
+    source = "#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n"
+    return _compiles(compiler, source, OPENMP, folder)
+
+
+def _knows(compiler: list[str], isa: str, folder: Path) -> bool:
+    """GCC knows AVX512-BF16 since version 10. Without the portable set there would be nothing to say."""
+    return isa == "portable" or _compiles(compiler, "int nothing;\n", ISA_FLAGS[isa], folder)
+
+
+def _compiles(compiler: list[str], source: str, flags: tuple[str, ...], folder: Path) -> bool:
     probe = folder / "probe.c"
-    probe.write_text("#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n", encoding="utf-8")
+    probe.write_text(source, encoding="utf-8")
     try:
-        _run([*compiler, "-shared", "-fPIC", *OPENMP, str(probe), "-o", str(folder / "probe.so")], "use OpenMP")
+        _run([*compiler, "-shared", "-fPIC", *flags, str(probe), "-o", str(folder / "probe.so")], "compile a line")
     except BuildError:
         return False
     return True

@@ -55,14 +55,14 @@ static void next_rows(const decode_step *s, const float *added, const float *gai
     }
 }
 
-/* y[i] (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias, for `count` projections of one x. */
+/* y[i] (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias, for `count` projections of one x; in pairs if the model is in bf16. */
 static void linear_rows(const decode_step *s, const projection *projections, int count, const float *x, float *const *y,
                         float *low, float *rest) {
     product products[OF_ONE_X];
     for (int i = 0; i < count; i++) {
         const projection *p = projections + i;
         if (p->r) FOR_ISA(narrow)(x, p->down, s->R, p->r, p->K, low, s->threads);
-        products[i] = (product){p->q, s->R, p->N, p->K, p->r, x, y[i], FP32, p->bias, low, p->up, rest, s->threads, NULL, FP32};
+        products[i] = (product){p->q, s->R, p->N, p->K, p->r, x, y[i], FP32, s->dtype, p->bias, low, p->up, rest, s->threads, NULL, FP32};
         low += s->R * p->r;
     }
     products_of_one_x(products, count);

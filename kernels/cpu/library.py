@@ -1,7 +1,7 @@
 """library: the compiled kernels as Python functions of tensors.
 
-Checks what C cannot: dtype, device, contiguity. QLORA_CPU_ISA (avx512, avx2 or portable) forces an instruction set;
-by default it is the best that this processor runs.
+Checks what C cannot: dtype, device, contiguity. QLORA_CPU_ISA (avx512_bf16, avx512, avx2 or portable) forces an
+instruction set; by default it is the best that this processor runs.
 """
 
 import ctypes
@@ -39,6 +39,7 @@ class Product(ctypes.Structure):
         ("x", c_void_p),
         ("y", c_void_p),
         ("dtype", c_int),
+        ("compute_dtype", c_int),
         *((name, c_void_p) for name in ("bias", "low", "up", "workspace")),
         ("threads", c_int),
         ("dense", c_void_p),
@@ -137,7 +138,8 @@ def _load(asked: str) -> Library:
 def usable_isas(library: Path) -> tuple[str, ...]:
     """The instruction sets of a compiled library that this processor runs, the fastest last."""
     loaded = ctypes.CDLL(str(library))
-    return tuple(isa for isa in isas() if isa == "portable" or getattr(loaded, f"runs_{isa}")())
+    compiled = [isa for isa in isas() if hasattr(loaded, f"matmul_{isa}")]
+    return tuple(isa for isa in compiled if isa == "portable" or getattr(loaded, f"runs_{isa}")())
 
 
 def why_not(served: Collection[torch.dtype], *tensors: Tensor, strided: bool = False) -> str | None:

@@ -4,9 +4,9 @@
    the place of the matrix that is packed on the way: here it is decoded on the way, a tile at a time, into the cache.
 
      for every OUT outputs and ROWS rows of x (in parallel; each thread has its own tile of the weight):
-       for every STEPS of the reduction: decode the tile, panels of PANEL outputs: [panel][step][output];
+       for every STEPS words of the reduction: decode the tile, panels of PANEL outputs: [panel][word][output];
          for every TILE_ROWS rows of x, copied side by side, and every panel:
-           TILE_ROWS · 2 accumulators in registers; each step loads 2 vectors of the tile, broadcasts TILE_ROWS of x
+           TILE_ROWS · 2 accumulators in registers; each word loads 2 vectors of the tile, broadcasts TILE_ROWS of x
        low-rank terms go on as further reduction steps, over `low` and `up`
 
    The accumulators are added to y itself where it is fp32, else to fp32 sums that are rounded at the end. Every output
@@ -65,10 +65,21 @@ INLINE void fetch_rows(const product *p, int64_t row, int64_t t0, int64_t steps)
     for (int i = 0; i < LANES; i++) fetch((const char *)p->q->packed + ((row + i) * p->K + t0) / 2, steps / 2);
 }
 
+/* Two steps of LANES outputs into a panel; returned is where the next ones go. */
+INLINE float *store_steps(float *panel, vec one, vec other, const int pairs) {
+    if (pairs) {
+        store(panel, to_pairs(one, other));
+        return panel + PANEL;
+    }
+    store(panel, one);
+    store(panel + PANEL, other);
+    return panel + 2 * PANEL;
+}
+
 /* Ŵ for outputs j0 … and reduction indices t0 …, where a row of Ŵ is an output: LANES rows at a time, so that a level of
    each fills a vector in the order in which the tile has them. Rows beyond the last repeat it; nobody reads them. */
 INLINE void decode_tile(const product *p, const codebook *code, int64_t j0, int64_t outputs, int64_t t0, int64_t steps,
-                        float *tile) {
+                        float *tile, const int pairs) {
     for (int64_t j = 0; j < outputs; j += LANES) {
         float *panel = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL, scale[LANES];
         int64_t first[LANES];
@@ -86,23 +97,35 @@ INLINE void decode_tile(const product *p, const codebook *code, int64_t j0, int6
             uvec eight[4];
             dwords_of(row, eight);
             for (int d = 0; d < 4; d++)
-#pragma GCC unroll 8
-                for (int e = 0; e < 8; e++, panel += PANEL) /* the high nibble comes first */
-                    store(panel, look_up(code, eight[d] >> (e / 2 * 8 + 4 - e % 2 * 4)) * scales);
+#pragma GCC unroll 4
+                for (int byte = 0; byte < 4; byte++) { /* the high nibble comes first */
+                    vec one = look_up(code, eight[d] >> (8 * byte + 4)) * scales;
+                    panel = store_steps(panel, one, look_up(code, eight[d] >> 8 * byte) * scales, pairs);
+                }
         }
     }
 }
 
+/* The 32 weights from `first` on, scaled. */
+INLINE void decode32_scaled(const weight *q, const codebook *code, int64_t first, vec *levels) {
+    const vec scales = every(block_scale(q, first >> q->shift));
+    decode32(q->packed + first / 2, code, levels);
+    for (int v = 0; v < 32 / LANES; v++) levels[v] *= scales;
+}
+
 /* The same where a row of Ŵ is a reduction step. */
 INLINE void decode_tile_dx(const product *p, const codebook *code, int64_t j0, int64_t outputs, int64_t t0,
-                           int64_t steps, float *tile) {
-    for (int64_t t = 0; t < steps; t++)
-        for (int64_t j = 0, first = (t0 + t) * p->K + j0; j < outputs; j += 32) {
-            vec levels[32 / LANES], scales = every(block_scale(p->q, (first + j) >> p->q->shift));
-            decode32(p->q->packed + (first + j) / 2, code, levels);
+                           int64_t steps, float *tile, const int pairs) {
+    for (int64_t word = 0; word < words_of(steps, pairs); word++)
+        for (int64_t j = 0; j < outputs; j += 32) {
+            const int64_t step = pairs ? 2 * word : word, first = (t0 + step) * p->K + j0 + j;
+            vec one[32 / LANES], other[32 / LANES] = {{0}};
+            decode32_scaled(p->q, code, first, one);
+            if (pairs && step + 1 < steps) decode32_scaled(p->q, code, first + p->K, other);
             for (int v = 0; v < 32 / LANES; v++) {
-                int64_t at = j + v * LANES;
-                store(tile + at / PANEL * TILE_STEPS * PANEL + t * PANEL + at % PANEL, levels[v] * scales);
+                const int64_t at = j + v * LANES;
+                store(tile + at / PANEL * TILE_STEPS * PANEL + word * PANEL + at % PANEL,
+                      pairs ? to_pairs(one[v], other[v]) : one[v]);
             }
         }
 }
@@ -120,28 +143,31 @@ INLINE void copy_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0,
 
 /* Steps t0 … of `up`, as steps of a tile. */
 INLINE void copy_up_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile,
-                         const int backward) {
+                         const int backward, const int pairs) {
     for (int64_t j = 0; j < outputs; j++) {
         float *at = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL;
-        for (int64_t t = 0; t < steps; t++)
-            at[t * PANEL] = p->up[backward ? (t0 + t) * p->K + j0 + j : (j0 + j) * p->r + t0 + t];
+        const float *up = p->up + (backward ? t0 * p->K + j0 + j : (j0 + j) * p->r + t0);
+        const int64_t step = backward ? p->K : 1;
+        for (int64_t t = 0; t < steps; t += 1 + pairs, at += PANEL)
+            *at = pairs ? pair(up[t * step], t + 1 < steps ? up[(t + 1) * step] : 0) : up[t * step];
     }
 }
 
-/* y[i][j] (+)= Σ_t x[i][t] · w[t][j]: `rows` rows, PANEL outputs. The sum starts from 0 each time: summing in pieces of
-   STEPS loses fewer digits than one long sum. */
-INLINE void multiply(const float *x, const float *w, int64_t steps, float *y, int64_t y_step, int add, const int rows) {
+/* y[i][j] (+)= Σ_t x[i][t] · w[t][j]: `rows` rows, PANEL outputs, t over words. The sum starts from 0 each time: summing in
+   pieces of STEPS loses fewer digits than one long sum. */
+INLINE void multiply(const float *x, const float *w, int64_t words, float *y, int64_t y_step, int add, const int rows,
+                     const int pairs) {
     vec sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){0};
 #pragma GCC unroll 4 /* counting each step would take slots from the products */
-    for (int64_t t = 0; t < steps; t++, w += PANEL) {
+    for (int64_t t = 0; t < words; t++, w += PANEL) {
         vec w0 = load(w), w1 = load(w + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             vec x_i = every(x[i * X_STEP + t]);
-            sum[i][0] = fma_(w0, x_i, sum[i][0]);
-            sum[i][1] = fma_(w1, x_i, sum[i][1]);
+            sum[i][0] = pairs ? dot_pairs(w0, x_i, sum[i][0]) : fma_(w0, x_i, sum[i][0]);
+            sum[i][1] = pairs ? dot_pairs(w1, x_i, sum[i][1]) : fma_(w1, x_i, sum[i][1]);
         }
     }
 #pragma GCC unroll 12
@@ -152,31 +178,46 @@ INLINE void multiply(const float *x, const float *w, int64_t steps, float *y, in
         }
 }
 
-static void multiply_rows(const float *x, const float *w, int64_t steps, float *y, int64_t y_step, int add,
-                          int64_t rows) {
+INLINE void multiply_thirds(const float *x, const float *w, int64_t words, float *y, int64_t y_step, int add, int64_t rows,
+                            const int pairs) {
     if (rows > 2 * THIRD)
-        multiply(x, w, steps, y, y_step, add, TILE_ROWS);
+        multiply(x, w, words, y, y_step, add, TILE_ROWS, pairs);
     else if (rows > THIRD)
-        multiply(x, w, steps, y, y_step, add, 2 * THIRD);
+        multiply(x, w, words, y, y_step, add, 2 * THIRD, pairs);
     else
-        multiply(x, w, steps, y, y_step, add, THIRD);
+        multiply(x, w, words, y, y_step, add, THIRD, pairs);
+}
+
+static void multiply_rows(const float *x, const float *w, int64_t words, float *y, int64_t y_step, int add,
+                          int64_t rows) {
+    multiply_thirds(x, w, words, y, y_step, add, rows, 0);
+}
+
+static void multiply_pairs(const float *x, const float *w, int64_t words, float *y, int64_t y_step, int add,
+                           int64_t rows) {
+    multiply_thirds(x, w, words, y, y_step, add, rows, PAIRS);
 }
 
 /* The same for rows and outputs that do not fill the registers. */
-static void multiply_edge(const float *x, const float *w, int64_t steps, float *y, int64_t y_step, int add,
-                          int64_t rows, int64_t outputs) {
+static void multiply_edge(const float *x, const float *w, int64_t words, float *y, int64_t y_step, int add,
+                          int64_t rows, int64_t outputs, int pairs) {
     float whole[TILE_ROWS * PANEL];
-    multiply_rows(x, w, steps, whole, PANEL, 0, rows);
+    (pairs ? multiply_pairs : multiply_rows)(x, w, words, whole, PANEL, 0, rows);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < outputs; j++)
             y[i * y_step + j] = add ? y[i * y_step + j] + whole[i * PANEL + j] : whole[i * PANEL + j];
 }
 
 /* Columns t0 … of `rows` rows, which are `length` long, side by side. */
-INLINE void copy_columns(const void *x, int dtype, int64_t length, int64_t t0, int64_t steps, int64_t rows, float *out) {
+INLINE void copy_columns(const void *x, int dtype, int64_t length, int64_t t0, int64_t steps, int64_t rows, float *out,
+                         const int pairs) {
     for (int64_t i = 0; i < rows; i++, out += X_STEP) {
         const int64_t at = i * length + t0;
         int64_t t = 0;
+        if (pairs) {
+            copy_pairs(x, dtype, at, steps, out);
+            continue;
+        }
         if (dtype == FP32) /* memcpy takes long to start */
             for (; t + LANES <= steps; t += LANES) store(out + t, load((const float *)x + at + t));
         if (t < steps) read_row(x, dtype, at + t, steps - t, out + t);
@@ -194,14 +235,15 @@ typedef struct {
 
 /* y (rows, outputs) (+)= these columns · tile. */
 INLINE void multiply_tile(const columns *c, int64_t rows, const float *tile, int64_t outputs, float *y, int64_t y_step,
-                          int add) {
-    const int64_t size = c->dtype == FP32 ? 4 : 2, steps = c->steps + c->low_steps;
+                          int add, const int pairs) {
+    const int64_t size = c->dtype == FP32 ? 4 : 2, own = words_of(c->steps, pairs);
+    const int64_t words = own + words_of(c->low_steps, pairs);
     float x_tile[TILE_ROWS * X_STEP];
     for (int64_t row = 0; row < rows; row += TILE_ROWS) {
         int64_t here = smaller(TILE_ROWS, rows - row), next = row + here;
         const char *x = (const char *)c->x + row * c->length * size;
-        copy_columns(x, c->dtype, c->length, c->t0, c->steps, here, x_tile);
-        copy_columns(c->low + row * c->r, FP32, c->r, c->low0, c->low_steps, here, x_tile + c->steps);
+        copy_columns(x, c->dtype, c->length, c->t0, c->steps, here, x_tile, pairs);
+        copy_columns(c->low + row * c->r, FP32, c->r, c->low0, c->low_steps, here, x_tile + own, pairs);
         for (int64_t j = 0; j < outputs; j += PANEL) {
             const float *panel = tile + j * TILE_STEPS;
             float *at = y + row * y_step + j;
@@ -210,9 +252,9 @@ INLINE void multiply_tile(const columns *c, int64_t rows, const float *tile, int
             for (int64_t i = 0; i < THIRD && next < rows && next < row + 2 * TILE_ROWS; i++, next++)
                 fetch((const char *)c->x + (next * c->length + c->t0) * size, c->steps * size);
             if (here % THIRD || outputs - j < PANEL)
-                multiply_edge(x_tile, panel, steps, at, y_step, add, here, smaller(PANEL, outputs - j));
+                multiply_edge(x_tile, panel, words, at, y_step, add, here, smaller(PANEL, outputs - j), pairs);
             else
-                multiply_rows(x_tile, panel, steps, at, y_step, add, here);
+                (pairs ? multiply_pairs : multiply_rows)(x_tile, panel, words, at, y_step, add, here);
         }
     }
 }
@@ -224,30 +266,31 @@ static void add_bias(float *y, int64_t y_step, int64_t rows, int64_t outputs, co
 
 /* Rows row0 … and outputs j0 … of y. */
 INLINE void product_block(const product *p, const codebook *code, int64_t row0, int64_t rows, int64_t j0,
-                          int64_t outputs, float *tile, float *sums, const int backward) {
+                          int64_t outputs, float *tile, float *sums, const int backward, const int pairs) {
     const int64_t length = backward ? p->N : p->K, all_outputs = backward ? p->K : p->N;
+    const int64_t most = pairs ? 2 * STEPS : STEPS;
     const void *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
     const int64_t y_step = p->dtype == FP32 ? all_outputs : OUT;
     float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
     columns c = {x, p->dtype, length, 0, 0, p->low + row0 * p->r, p->r, 0, 0};
     for (; c.t0 < length; c.t0 += c.steps) {
-        c.steps = smaller(STEPS, length - c.t0);
+        c.steps = smaller(most, length - c.t0);
         if (backward)
-            decode_tile_dx(p, code, j0, outputs, c.t0, c.steps, tile);
+            decode_tile_dx(p, code, j0, outputs, c.t0, c.steps, tile, pairs);
         else if (p->q)
-            decode_tile(p, code, j0, outputs, c.t0, c.steps, tile);
+            decode_tile(p, code, j0, outputs, c.t0, c.steps, tile, pairs);
         else
             copy_tile(p, j0, outputs, c.t0, c.steps, tile);
         if (c.t0 + c.steps == length && p->r <= ROOM) {
             c.low_steps = p->r;
-            copy_up_tile(p, j0, outputs, 0, p->r, tile + c.steps * PANEL, backward);
+            copy_up_tile(p, j0, outputs, 0, p->r, tile + words_of(c.steps, pairs) * PANEL, backward, pairs);
         }
-        multiply_tile(&c, rows, tile, outputs, y, y_step, c.t0 > 0);
+        multiply_tile(&c, rows, tile, outputs, y, y_step, c.t0 > 0, pairs);
     }
     for (c.steps = 0, c.low0 = c.low_steps; c.low0 < p->r; c.low0 += c.low_steps) {
-        c.low_steps = smaller(STEPS, p->r - c.low0);
-        copy_up_tile(p, j0, outputs, c.low0, c.low_steps, tile, backward);
-        multiply_tile(&c, rows, tile, outputs, y, y_step, 1);
+        c.low_steps = smaller(most, p->r - c.low0);
+        copy_up_tile(p, j0, outputs, c.low0, c.low_steps, tile, backward, pairs);
+        multiply_tile(&c, rows, tile, outputs, y, y_step, 1, pairs);
     }
     if (p->bias) add_bias(y, y_step, rows, outputs, p->bias + j0);
     if (p->dtype != FP32)
@@ -277,8 +320,12 @@ INLINE void many_rows(const product *p, const int backward) {
         float *tile = p->workspace + THREAD * floats_per_thread(smaller(p->M, ROWS)), *sums = tile + TILE_FLOATS;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t j0 = 0; j0 < all_outputs; j0 += width)
-            for (int64_t row0 = 0; row0 < p->M; row0 += rows)
-                product_block(p, &code, row0, smaller(rows, p->M - row0), j0, smaller(width, all_outputs - j0), tile, sums,
-                              backward);
+            for (int64_t row0 = 0; row0 < p->M; row0 += rows) {
+                const int64_t here = smaller(rows, p->M - row0), outputs = smaller(width, all_outputs - j0);
+                if (PAIRS && in_pairs(p))
+                    product_block(p, &code, row0, here, j0, outputs, tile, sums, backward, PAIRS);
+                else
+                    product_block(p, &code, row0, here, j0, outputs, tile, sums, backward, 0);
+            }
     }
 }

@@ -3,14 +3,16 @@
 /*  forward   y  (M, N) = x (M, K) · Ŵᵀ + low (M, r) · upᵀ (r, N) + bias      outputs N, reduced over K, up = B (N, r)
     backward  dx (M, K) = dy (M, N) · Ŵ + low (M, r) · up (r, K)              outputs K, reduced over N, up = A (r, K)
 
-    low is scaling · x Aᵀ in forward and scaling · dy B in backward. Forward also takes a
-    dense weight, where q is NULL. */
+    low is scaling · x Aᵀ in forward and scaling · dy B in backward. Forward also takes a dense weight, where q is NULL.
+
+    compute_dtype says what x, Ŵ, low and up are rounded to before they are multiplied, where the unit multiplies pairs
+    of bf16 numbers; elsewhere, and under FP32, nothing is rounded. Sums are fp32. */
 typedef struct {
     const weight *q;
     int64_t M, N, K, r;
     const void *x; /* fp32 or bf16, as y */
     void *y;
-    int dtype;
+    int dtype, compute_dtype;
     const float *bias, *low, *up; /* each may be NULL (bias), or unused (r = 0) */
     float *workspace;
     int threads;
@@ -18,12 +20,17 @@ typedef struct {
     int dense_dtype;
 } product;
 
+/* A word is what a lane multiplies at a time: an fp32 number, or a pair of bf16 numbers. Tiles and blocks are in words. */
+INLINE int64_t words_of(int64_t n, const int pairs) { return pairs ? (n + 1) / 2 : n; }
+
+INLINE int in_pairs(const product *p) { return p->q && p->compute_dtype == BF16; }
+
 enum {
     TILE_ROWS = LANES == 16 ? 12 : 6, /* rows of x in registers at a time, of 2 vectors of outputs each */
     THIRD = TILE_ROWS / 3,
     PANEL = 2 * LANES,       /* outputs side by side */
-    REDUCE = 288,            /* steps of the reduction that lie together: TILE_ROWS rows of x stay in the L1 cache */
-    STEPS = LANES == 4 ? 32 : REDUCE, /* steps summed at a time: few where each may round twice, for want of an fma */
+    REDUCE = 288,            /* words of the reduction that lie together: TILE_ROWS rows of x stay in the L1 cache */
+    STEPS = LANES == 4 ? 32 : REDUCE, /* words summed at a time: few where each may round twice, for want of an fma */
     ROOM = LANES == 4 ? 0 : 32, /* and low-rank steps that are summed with the last of them */
     OUT = LANES == 8 ? 192 : 288, /* outputs a tile at most: where AVX2 is all, the L2 cache is half as large */
     ROWS = 516,              /* rows of x that share a decoded tile: a multiple of TILE_ROWS */

@@ -1,8 +1,8 @@
 /* simd.h: what the kernels need of a vector unit. Everything else is written once, in the vector types of GCC and Clang.
 
-   kernels.c is compiled once per instruction set, with -DISA_AVX512, -DISA_AVX2 or neither (portable: SSE2, NEON or
-   whatever the compiler has), and each time its functions carry the set's name. Only decode32, take, fma, the root and
-   changes of width differ.
+   kernels.c is compiled once per instruction set, with -DISA_AVX512 (and -DISA_AVX512_BF16), -DISA_AVX2 or neither
+   (portable: SSE2, NEON or whatever the compiler has), and each time its functions carry the set's name. Only decode32,
+   take, fma, the root, pairs and changes of width differ.
 
    decode32: 16 packed bytes → their 32 levels, in order, exactly the fp32 numbers of the code book. decode64_mixed:
    32 bytes → 64 levels, in whatever order is cheapest: place j is weight MIXED(j).
@@ -21,8 +21,12 @@
 
 #if defined(ISA_AVX512)
 #include <immintrin.h>
-#define FOR_ISA(name) name##_avx512
 #define LANES 16
+#if defined(ISA_AVX512_BF16)
+#define FOR_ISA(name) name##_avx512_bf16
+#else
+#define FOR_ISA(name) name##_avx512
+#endif
 #elif defined(ISA_AVX2)
 #include <immintrin.h>
 #define FOR_ISA(name) name##_avx2
@@ -72,6 +76,29 @@ INLINE vec root(vec v) { return (vec)vsqrtq_f32((float32x4_t)v); }
 INLINE vec fma_(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec every(float s) { return (vec){s, s, s, s}; }
 INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
+#endif
+
+/* Pairs: two bf16 numbers a lane, the first in its lower half. to_pairs rounds to nearest, ties to even; dot_pairs adds the
+   products of both to a sum in fp32. PAIRS: the unit has instructions for them (which take subnormals for 0). */
+#if defined(ISA_AVX512_BF16)
+#define PAIRS 1
+INLINE vec dot_pairs(vec a, vec b, vec sum) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+INLINE vec to_pairs(vec first, vec second) {
+    static const uint16_t in_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); /* all firsts, then all seconds */
+    return (vec)_mm512_permutexvar_epi16(_mm512_loadu_si512(in_turns), halves);
+}
+#else
+#define PAIRS 0
+INLINE uvec rounded16(vec v) { return (uvec)v + 0x7fff + ((uvec)v >> 16 & 1); }
+INLINE vec to_pairs(vec first, vec second) { return (vec)(rounded16(first) >> 16 | (rounded16(second) & 0xffff0000)); }
+INLINE vec dot_pairs(vec a, vec b, vec sum) {
+    sum = fma_((vec)((uvec)a << 16), (vec)((uvec)b << 16), sum);
+    return fma_((vec)((uvec)a & 0xffff0000), (vec)((uvec)b & 0xffff0000), sum);
+}
 #endif
 
 /* table[index] in every lane, of 8 entries. The upper bits of an index must be 0. */
@@ -221,6 +248,29 @@ INLINE vec two_scales(float first, float second, int part) {
     return (vec)_mm512_mask_blend_ps(0xf0f0, (__m512)every(first), (__m512)every(second));
 }
 #define SCALES_OF_64 1
+
+#if PAIRS
+/* 32 bytes → 64 weights as pairs, in whatever order is cheapest: place j is weight MIXED_PAIRS(j). VPERMW reads the low 5
+   bits of an index, so that it looks a nibble up in 16 bf16 numbers that are there twice. The first 32 weights have one
+   scale, the others another. */
+INLINE __m512i scaled_levels(const codebook *code, float scale) {
+    __m256i levels = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(code->levels, _mm512_set1_ps(scale)));
+    return _mm512_broadcast_i64x4(levels);
+}
+INLINE void decode64_pairs(const uint8_t *packed, const codebook *code, float scale, float next, int one_scale, vec *pairs) {
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    __m512i index = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)packed));
+    index = _mm512_srlv_epi16(index, half);
+    const __m512i levels = scaled_levels(code, scale), later = _mm512_srli_epi16(index, 8);
+    pairs[0] = (vec)_mm512_permutexvar_epi16(index, levels);
+    pairs[1] = (vec)_mm512_permutexvar_epi16(later, levels);
+    if (one_scale) return;
+    const __m512i others = scaled_levels(code, next);
+    pairs[0] = (vec)_mm512_mask_permutexvar_epi16((__m512i)pairs[0], 0xff00ff00, index, others);
+    pairs[1] = (vec)_mm512_mask_permutexvar_epi16((__m512i)pairs[1], 0xff00ff00, later, others);
+}
+#define MIXED_PAIRS(j) ((j) % 16 * 4 + (j) / 32 * 2 + 1 - (j) / 16 % 2)
+#endif
 
 #elif defined(ISA_AVX2)
 

@@ -117,6 +117,13 @@ INLINE void read_row(const void *row, int dtype, int64_t at, int64_t n, float *o
     }
 }
 
+INLINE float pair(float first, float second) {
+    uint32_t both = (uint32_t)to_bf16(second) << 16 | to_bf16(first);
+    float word;
+    memcpy(&word, &both, 4);
+    return word;
+}
+
 /* n fp32 numbers into a row from element `at` on, each rounded once. */
 INLINE void write_row(const float *in, int64_t n, void *row, int dtype, int64_t at) {
     int64_t i = 0;
@@ -134,4 +141,18 @@ INLINE void write_row(const float *in, int64_t n, void *row, int dtype, int64_t 
 #endif
         for (; i < n; i++) p[i] = to_fp16(in[i]);
     }
+}
+
+/* n numbers from element `at` of a row, fp32 or bf16, as pairs; an odd one has 0 beside it. */
+INLINE void copy_pairs(const void *row, int dtype, int64_t at, int64_t n, float *pairs) {
+    uint16_t *out = (uint16_t *)pairs;
+    int64_t i = 0;
+    if (dtype == FP32) {
+        write_row((const float *)row + at, n, out, BF16, 0);
+    } else {
+        const uint16_t *in = (const uint16_t *)row + at;
+        for (; i + 2 * LANES <= n; i += 2 * LANES) store((float *)(out + i), load((const float *)(in + i)));
+        for (; i < n; i++) out[i] = in[i];
+    }
+    if (n % 2) out[n] = 0;
 }
