@@ -86,12 +86,16 @@ def documents() -> tuple[definition.Runs, list[int | None], Tensor]:
     return runs, definition.prefix_runs(runs, segments, prefix_ids), allowed
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 2, 1, 32), (2, 13, 2, 2, 64), (1, 300, 6, 2, 32), (1, 601, 2, 1, 96), (1, 1100, 7, 1, 32)], ids=str
-)
+SHAPES = [(2, 13, 2, 2, 64), (1, 300, 6, 2, 32), (1, 601, 2, 1, 96), (1, 1100, 7, 1, 32)]
+CASES = [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+
+
+# of one token dq is nothing but noise, which torch's in bf16 has not
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 1, 2, 1, 32), torch.float32), *CASES], ids=str)
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_value_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
+def test_value_and_gradients(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     tensors, dy = inputs(*shape)
+    tensors, dy = [t.to(dtype) for t in tensors], dy.to(dtype)
     ours, torchs = (value_and_gradients(function, tensors, dy) for function in (attend, plain))
     exact = value_and_gradients(plain, [t.double() for t in tensors], dy)
     for a, b, wide in zip(ours, torchs, exact, strict=True):
@@ -99,11 +103,13 @@ def test_value_and_gradients(shape: tuple[int, int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("heads", [(3, 3, 32), (6, 2, 64), (3, 1, 96), (2, 2, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_documents_that_share_their_beginning(heads: tuple[int, int, int]) -> None:
+def test_documents_that_share_their_beginning(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Against the definition with a mask; padding and its gradients are zeros."""
     runs, prefixes, allowed = documents()
     tensors, dy = inputs(2, T, *heads)
+    tensors, dy = [t.to(dtype) for t in tensors], dy.to(dtype)
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return definition.attention_reference(q, k, v, allowed)
@@ -174,7 +180,8 @@ def test_what_is_not_served_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) ->
     assert causal_attention(q, k, v) is not None
     assert causal_attention(q, k, v, runs) is not None
     short = (q[:, :31], k[:, :31], v[:, :31])
-    for unserved in (short, (q[..., :20], k[..., :20], v[..., :20]), (q.bfloat16(), k, v)):
+    halves = (q.half(), k.half(), v.half())
+    for unserved in (short, (q[..., :20], k[..., :20], v[..., :20]), (q.bfloat16(), k, v), halves):
         assert causal_attention(*unserved) is None
     assert causal_attention(*short, ((0, 2, 31),)) is not None
     with use_backend("reference"):

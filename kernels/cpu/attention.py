@@ -1,4 +1,4 @@
-"""attention: causal attention of documents in C (attention.h), for fp32."""
+"""attention: causal attention of documents in C (attention.h), in fp32: bf16 is widened before and rounded after."""
 
 import ctypes
 from ctypes import c_int, c_int64, c_void_p
@@ -35,8 +35,9 @@ def serves(q: Tensor, k: Tensor, v: Tensor, runs: Runs, prefixes: Prefixes) -> b
     """Whether causal_attention takes these. Torch's is as good for short rows of one document each, and better where C
     would leave more than half of the threads without a task."""
     B, T, _, Dh = q.shape
-    fits = k.shape == v.shape and k.shape[:2] == q.shape[:2] and Dh % WIDTH == 0 and Dh <= WIDEST
-    if not fits or why_missing() or why_not((torch.float32,), q, k, v, strided=True):
+    same = q.dtype == k.dtype == v.dtype
+    fits = same and k.shape == v.shape and k.shape[:2] == q.shape[:2] and Dh % WIDTH == 0 and Dh <= WIDEST
+    if not fits or why_missing() or why_not((torch.float32, torch.bfloat16), q, k, v, strided=True):
         return False
     tasks = len(cut(B, T, runs, prefixes).table) * k.shape[2]
     return (runs is not None or T >= SHORT) and 2 * tasks >= torch.get_num_threads()
@@ -77,25 +78,34 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
         q, k, v = (t.contiguous() for t in (q, k, v))
         y, lse = _output(q, pieces), torch.empty(q.shape[:3])
-        _call("attention", False, pieces, q, k, v, y=y, lse=lse)
+        _call("attention", False, pieces, *map(_wide, (q, k, v)), y=y, lse=lse)
+        y = _as(y, q.dtype)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.pieces = pieces
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, y, lse = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, lse = ctx.saved_tensors
+        q, k, v, y = map(_wide, inputs)
         dq, dk, dv = (_output(t, ctx.pieces) for t in (q, k, v))
         sums = empty((ctx.pieces.earlier_keys, 2, *k.shape[2:]), k.dtype)
-        _call(
-            "attention_dx", True, ctx.pieces, q, k, v, y=y, lse=lse, dy=dy.contiguous(), dq=dq, dk=dk, dv=dv, sums=sums
-        )
-        return dq, dk, dv, None
+        dy = _wide(dy.contiguous())
+        _call("attention_dx", True, ctx.pieces, q, k, v, y=y, lse=lse, dy=dy, dq=dq, dk=dk, dv=dv, sums=sums)
+        return *(_as(t, inputs[0].dtype) for t in (dq, dk, dv)), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return _as(x, torch.float32)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else empty_like(x, dtype).copy_(x)
 
 
 def _output(x: Tensor, pieces: Pieces) -> Tensor:
-    """Like x; zeros where there is padding between the documents."""
-    y = empty_like(x)
+    """Like x, in fp32; zeros where there is padding between the documents."""
+    y = empty_like(x, torch.float32)
     return y if pieces.tokens == x.shape[0] * x.shape[1] else y.zero_()
 
 
