@@ -186,7 +186,7 @@ class _UnderDenseHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, options: _Options, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.temperature, ctx.backend = options.temperature, captured_backend()
+        ctx.temperature, ctx.backend, ctx.dtype = options.temperature, captured_backend(), hidden.dtype
         ctx.head_is_frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[3]
         wanted = (options.temperature, options.with_entropy, ctx.head_is_frozen)
         found = vocabulary_tiles.losses(hidden, weight, targets, *wanted)
@@ -200,7 +200,7 @@ class _UnderDenseHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dnll: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.head_is_frozen:
-            return dnll[:, None] * ctx.saved_tensors[0], None, None, None
+            return (dnll[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
         hidden, weight, targets, *sums = ctx.saved_tensors
         with ctx.backend():
             options = (ctx.temperature, ctx.needs_input_grad[0])

@@ -85,7 +85,7 @@ def narrow(x: Tensor, A: Tensor) -> Tensor:
 
 
 def outer(h: Tensor, x: Tensor) -> Tensor:
-    """hᵀ · x → (r, K), h (M, r), x (M, K): the outer products of their rows, summed."""
+    """hᵀ · x → (r, K), h (M, r), x (M, K): the outer products of their rows, summed. In their dtype or a wider one."""
     return h.T @ x
 
 

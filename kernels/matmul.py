@@ -94,7 +94,7 @@ def product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:
 
     if not dense.serves(x, weight):
         return None
-    return dense.product(x, weight, empty((len(x), len(weight)), x.dtype))
+    return dense.product(x, weight, empty((len(x), len(weight)), torch.float32)).to(x.dtype)
 
 
 class _CastLinear(torch.autograd.Function):

@@ -12,6 +12,9 @@ than a tile ever exists, and a tile of W serves both its products while it is in
 
 A head that is trained wants Σ_rows dnll · (p - onehot) · x, for which dnll must be known: m and log total are kept, and
 backward makes p again a tile at a time.
+
+Under a frozen head in bf16 all of this is fp32 but the products: of x and W in pairs where the C kernels multiply those,
+unrounded, and of e rounded to bf16; elsewhere of a tile of W that is widened.
 """
 
 from collections.abc import Sequence
@@ -91,25 +94,32 @@ def serves(hidden: Tensor, head: tuple[Any, ...], softcap: float | None) -> bool
     weight, adapters, bias = head
     if not isinstance(weight, Tensor) or adapters or bias is not None or softcap is not None:
         return False
+    if weight.dtype == hidden.dtype == torch.bfloat16:
+        return hidden.device.type == "cpu" and not weight.requires_grad
     return weight.dtype == hidden.dtype in (torch.float32, torch.float64)
 
 
 def losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool, with_slope: bool
 ) -> Found:
-    """hidden (M, D), weight (V, D), both fp32 or fp64; targets int64 (M,)."""
-    nll, m, log_total = (torch.empty(len(targets), dtype=hidden.dtype, device=hidden.device) for _ in range(3))
+    """hidden (M, D), weight (V, D), both fp32, fp64 or bf16; targets int64 (M,). Of bf16 what is found is fp32."""
+    like = hidden[:0].to(torch.promote_types(hidden.dtype, torch.float32))
+    nll, m, log_total = (like.new_empty(len(targets)) for _ in range(3))
     entropy = torch.zeros_like(nll)
-    slope = torch.empty_like(hidden) if with_slope else None
+    slope = like.new_empty(hidden.shape) if with_slope else None
+    in_pairs = _in_pairs(hidden, weight)
     for rows in row_blocks(len(targets), ROWS):
-        x, dx = hidden[rows], None if slope is None else slope[rows]
-        sums = RunningSoftmax(targets[rows], temperature, hidden, with_entropy)
-        buffer = empty((len(x), TILE), hidden.dtype, hidden.device)
+        x, dx = hidden[rows] if in_pairs else hidden[rows].to(like.dtype), None if slope is None else slope[rows]
+        sums = RunningSoftmax(targets[rows], temperature, like, with_entropy)
+        buffer = empty((len(x), TILE), like.dtype, hidden.device)
         for first in range(0, len(weight), TILE):
-            tile = weight[first : first + TILE]
+            tile = weight[first : first + TILE].to(x.dtype)
             z = _logits(x, tile, buffer)
             sums.take(z, first, dx if first else None)
-            if dx is not None:
+            if dx is not None and in_pairs:
+                part = torch.mm(z.to(tile.dtype), tile)
+                _ = dx.add_(part) if first else dx.copy_(part)
+            elif dx is not None:
                 torch.addmm(dx, z, tile, beta=1 if first else 0, out=dx)
         nll[rows], m[rows], log_total[rows] = sums.nll(), sums.m, sums.total.log()
         if with_entropy:
@@ -152,6 +162,20 @@ def row_blocks(M: int, most: int) -> list[slice]:
     return [slice(start, min(start + rows, M)) for start in range(0, M, rows)]
 
 
+def _in_pairs(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether C multiplies these in bf16 and gives sums that are not rounded."""
+    if asked_backend() not in ("auto", "cpu"):
+        return False
+    from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
+
+    return weight.dtype == torch.bfloat16 and dense.serves(hidden, weight) and dense.in_pairs(hidden, weight)
+
+
 def _logits(x: Tensor, tile: Tensor, buffer: Tensor) -> Tensor:
-    """x · tileᵀ, dense, in `buffer`."""
-    return torch.mm(x, tile.T, out=buffer.view(-1)[: len(x) * len(tile)].view(len(x), len(tile)))
+    """x · tileᵀ, dense, in `buffer`. x and tile in its dtype, or in pairs."""
+    z = buffer.view(-1)[: len(x) * len(tile)].view(len(x), len(tile))
+    if x.dtype == z.dtype:
+        return torch.mm(x, tile.T, out=z)
+    from .cpu import dense  # only what `_in_pairs` found to be served comes here
+
+    return dense.product(x, tile, z)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels import use_backend
 from kernels.cpu import dense, elementwise, library
+from kernels.matmul import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.vocabulary_tiles import RunningSoftmax
 from models.elementwise import apply_rope, rms_norm, swiglu
@@ -95,17 +96,28 @@ def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 9, 64, 97, 600])
 @pytest.mark.parametrize(("N", "K"), [(32, 32), (416, 608)])
-def test_dense_products(N: int, K: int, M: int, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(M, K), torch.randn(N, K).to(dtype)
+def test_dense_products(N: int, K: int, M: int, x_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(M, K).to(x_dtype), torch.randn(N, K).to(dtype)
     portable = os.environ["QLORA_CPU_ISA"] == "portable"
     assert dense.serves(x, weight) == (M <= 16 or dtype == torch.bfloat16 or not portable)
     found = dense.product(x, weight, torch.empty(M, N))
     exact = x.double() @ weight.double().T
-    assert_as_accurate_as(x @ weight.float().T, found, exact)
-    more = dense.product(torch.cat([x, torch.randn(max(1, 8 - M), K)]), weight, torch.empty(M + max(1, 8 - M), N))
+    assert_as_accurate_as(x.float() @ weight.float().T, found, exact)
+    beside = torch.cat([x, torch.randn(max(1, 8 - M), K).to(x_dtype)])
+    more = dense.product(beside, weight, torch.empty(len(beside), N))
     assert torch.equal(more[:M], found)  # by the same kernel, whatever stands beside a row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_in_bf16_gives_bf16(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 3, 64).bfloat16(), torch.randn(96, 64).to(dtype), torch.randn(96)
+    with torch.no_grad():
+        found = linear(x, weight, bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert_as_accurate_as((x @ weight.bfloat16().T) + bias.bfloat16(), found, exact)
 
 
 def test_dense_products_that_do_not_fit_are_left_to_torch() -> None:

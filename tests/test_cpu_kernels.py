@@ -247,7 +247,7 @@ def test_nothing_is_written_beyond_the_output(M: int, dtype: torch.dtype) -> Non
         x = torch.randn(M, inner).to(dtype)
         y = torch.full((M * outer + margin,), -7.0).to(dtype)
         scratch = torch.full((size + margin,), -7.0)
-        dtypes = (library.DTYPES[dtype],) * 2
+        dtypes = (library.DTYPES[dtype],) * 3
         pointers = (x.data_ptr(), y.data_ptr(), *dtypes, None, low.data_ptr(), up.data_ptr())
         weight = library.weight(q)
         product = library.Product(ctypes.pointer(weight), M, N, K, r, *pointers, scratch.data_ptr(), 2)

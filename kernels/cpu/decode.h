@@ -61,8 +61,10 @@ static void linear_rows(const decode_step *s, const projection *projections, int
     product products[OF_ONE_X];
     for (int i = 0; i < count; i++) {
         const projection *p = projections + i;
-        if (p->r) FOR_ISA(narrow)(x, p->down, s->R, p->r, p->K, low, s->threads);
-        products[i] = (product){p->q, s->R, p->N, p->K, p->r, x, y[i], FP32, s->dtype, p->bias, low, p->up, rest, s->threads, NULL, FP32};
+        if (p->r) FOR_ISA(narrow)(x, p->down, FP32, s->R, p->r, p->K, low, s->threads);
+        products[i] = (product){.q = p->q, .M = s->R, .N = p->N, .K = p->K, .r = p->r, .x = x, .y = y[i],
+                                .compute_dtype = s->dtype, .bias = p->bias, .low = low, .up = p->up, .workspace = rest,
+                                .threads = s->threads};
         low += s->R * p->r;
     }
     products_of_one_x(products, count);

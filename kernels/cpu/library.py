@@ -38,8 +38,7 @@ class Product(ctypes.Structure):
         *((name, c_int64) for name in ("M", "N", "K", "r")),
         ("x", c_void_p),
         ("y", c_void_p),
-        ("dtype", c_int),
-        ("compute_dtype", c_int),
+        *((name, c_int) for name in ("dtype", "y_dtype", "compute_dtype")),
         *((name, c_void_p) for name in ("bias", "low", "up", "workspace")),
         ("threads", c_int),
         ("dense", c_void_p),
@@ -52,6 +51,7 @@ class Library:
 
     def __init__(self, path: str, isa: str) -> None:
         self.isa = isa
+        self.multiplies_pairs = isa == "avx512_bf16"  # simd.h: PAIRS
         loaded = ctypes.CDLL(path)
         p, n, i = c_void_p, c_int64, c_int
         signatures = {
@@ -71,9 +71,9 @@ class Library:
             "rope": (None, [p, i, p, p, p, n, c_float, p, i]),
             "running_softmax": (None, [p, n, n, c_float, p, n, p, p, p, p, p, n, i]),
             "softmax_blocks": (None, [p, n, n, c_float, n, p, p, p, i]),
-            "dense_few": (None, [p, p, i, n, n, n, p, i]),
-            "narrow": (None, [p, p, n, n, n, p, i]),
-            "outer": (None, [p, p, n, n, n, p, i]),
+            "dense_few": (None, [p, p, i, n, n, n, p, i, i]),
+            "narrow": (None, [p, p, i, n, n, n, p, i]),
+            "outer": (None, [p, p, i, n, n, n, p, i]),
             "attention_floats": (c_int64, [p, i]),
             "attention": (None, [p]),
             "attention_dx": (None, [p]),

@@ -16,8 +16,8 @@ from ..dispatch import register
 from ..grouped_lora_matmul import grouped_lora_matmul_reference
 from ..linear_cross_entropy import linear_cross_entropy_reference
 from ..lora_matmul import LoRATerm, Products, composed, lora_matmul_reference, narrow, outer
-from .library import load, why_not
-from .operations import matmul_cpu, matmul_dx_cpu, why_not_product
+from .library import DTYPES, load, why_not
+from .operations import PRODUCT_DTYPES, matmul_cpu, matmul_dx_cpu, why_not_product
 
 ROWS = 64  # with fewer torch's products are as fast
 PANEL = 32  # columns: a multiple of what low_rank.h takes at a time
@@ -29,21 +29,21 @@ register("grouped_lora_matmul", "cpu")(grouped_lora_matmul_reference)
 
 def narrow_cpu(x: Tensor, A: Tensor) -> Tensor:
     """As kernels.lora_matmul.narrow."""
-    if len(x) < ROWS or why_not((torch.float32,), x, A):
+    if len(x) < ROWS or x.dtype != A.dtype or why_not(PRODUCT_DTYPES, x, A):
         return narrow(x, A)
     (M, K), r = x.shape, len(A)
     y = torch.empty(M, r)
-    load().narrow(x.data_ptr(), A.data_ptr(), M, r, K, y.data_ptr(), torch.get_num_threads())
-    return y
+    load().narrow(x.data_ptr(), A.data_ptr(), DTYPES[x.dtype], M, r, K, y.data_ptr(), torch.get_num_threads())
+    return y.to(x.dtype)
 
 
 def outer_cpu(h: Tensor, x: Tensor) -> Tensor:
-    """As kernels.lora_matmul.outer."""
-    if len(x) < ROWS or x.shape[1] % PANEL or why_not((torch.float32,), h, x):
+    """As kernels.lora_matmul.outer, in fp32."""
+    if len(x) < ROWS or x.shape[1] % PANEL or h.dtype != x.dtype or why_not(PRODUCT_DTYPES, h, x):
         return outer(h, x)
     (M, r), K = h.shape, x.shape[1]
     y = torch.empty(r, K)
-    load().outer(h.data_ptr(), x.data_ptr(), M, r, K, y.data_ptr(), torch.get_num_threads())
+    load().outer(h.data_ptr(), x.data_ptr(), DTYPES[x.dtype], M, r, K, y.data_ptr(), torch.get_num_threads())
     return y
 
 

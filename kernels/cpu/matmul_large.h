@@ -131,13 +131,19 @@ INLINE void decode_tile_dx(const product *p, const codebook *code, int64_t j0, i
 }
 
 /* The tile of a dense weight, forward. */
-INLINE void copy_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile) {
+INLINE void copy_tile(const product *p, int64_t j0, int64_t outputs, int64_t t0, int64_t steps, float *tile,
+                      const int pairs) {
     float rows[LANES * X_STEP];
     for (int64_t j = 0; j < outputs; j += LANES) {
-        for (int i = 0; i < LANES; i++)
-            read_row(p->dense, p->dense_dtype, (j0 + smaller(j + i, outputs - 1)) * p->K + t0, steps, rows + i * X_STEP);
+        for (int i = 0; i < LANES; i++) {
+            const int64_t at = (j0 + smaller(j + i, outputs - 1)) * p->K + t0;
+            if (pairs)
+                copy_pairs(p->dense, p->dense_dtype, at, steps, rows + i * X_STEP);
+            else
+                read_row(p->dense, p->dense_dtype, at, steps, rows + i * X_STEP);
+        }
         float *panel = tile + j / PANEL * TILE_STEPS * PANEL + j % PANEL;
-        for (int64_t t = 0; t < steps; t += LANES) transpose(rows + t, X_STEP, panel + t * PANEL);
+        for (int64_t t = 0; t < words_of(steps, pairs); t += LANES) transpose(rows + t, X_STEP, panel + t * PANEL);
     }
 }
 
@@ -270,8 +276,8 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
     const int64_t length = backward ? p->N : p->K, all_outputs = backward ? p->K : p->N;
     const int64_t most = pairs ? 2 * STEPS : STEPS;
     const void *x = (const char *)p->x + row0 * length * (p->dtype == FP32 ? 4 : 2);
-    const int64_t y_step = p->dtype == FP32 ? all_outputs : OUT;
-    float *y = p->dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
+    const int64_t y_step = p->y_dtype == FP32 ? all_outputs : OUT;
+    float *y = p->y_dtype == FP32 ? (float *)p->y + row0 * all_outputs + j0 : sums;
     columns c = {x, p->dtype, length, 0, 0, p->low + row0 * p->r, p->r, 0, 0};
     for (; c.t0 < length; c.t0 += c.steps) {
         c.steps = smaller(most, length - c.t0);
@@ -280,7 +286,7 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
         else if (p->q)
             decode_tile(p, code, j0, outputs, c.t0, c.steps, tile, pairs);
         else
-            copy_tile(p, j0, outputs, c.t0, c.steps, tile);
+            copy_tile(p, j0, outputs, c.t0, c.steps, tile, pairs);
         if (c.t0 + c.steps == length && p->r <= ROOM) {
             c.low_steps = p->r;
             copy_up_tile(p, j0, outputs, 0, p->r, tile + words_of(c.steps, pairs) * PANEL, backward, pairs);
@@ -293,9 +299,9 @@ INLINE void product_block(const product *p, const codebook *code, int64_t row0, 
         multiply_tile(&c, rows, tile, outputs, y, y_step, 1, pairs);
     }
     if (p->bias) add_bias(y, y_step, rows, outputs, p->bias + j0);
-    if (p->dtype != FP32)
+    if (p->y_dtype != FP32)
         for (int64_t i = 0; i < rows; i++)
-            write_row(sums + i * OUT, outputs, p->y, p->dtype, (row0 + i) * all_outputs + j0);
+            write_row(sums + i * OUT, outputs, p->y, p->y_dtype, (row0 + i) * all_outputs + j0);
 }
 
 /* Outputs of a task: where the thread with most tasks has least to do. A multiple of PANEL, and of the 32 weights

@@ -219,7 +219,7 @@ INLINE void few_rows_tile(const product *p, const codebook *code, const float *x
             store(line + n, sum_each(part));
         }
         for (int64_t n = 0; n < outputs && p->bias; n++) line[n] += p->bias[n0 + n];
-        write_row(line, outputs, p->y, p->dtype, m * p->N + n0);
+        write_row(line, outputs, p->y, p->y_dtype, m * p->N + n0);
     }
 }
 

@@ -154,8 +154,8 @@ def _product(
     lib, threads = load(), torch.get_num_threads()
     scratch = workspace(_workspace_floats(lib, M, N, K, r, threads))
     optional = (address(bias), address(low), address(up))
-    dtype = DTYPES[x.dtype]
-    pointers = (x.data_ptr(), y.data_ptr(), dtype, dtype, *optional, scratch.data_ptr())
+    dtypes = (DTYPES[x.dtype],) * 3
+    pointers = (x.data_ptr(), y.data_ptr(), *dtypes, *optional, scratch.data_ptr())
     getattr(lib, name)(ctypes.byref(Product(ctypes.pointer(weight(q)), M, N, K, r, *pointers, threads)))
     return y
 

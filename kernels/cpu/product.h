@@ -10,9 +10,9 @@
 typedef struct {
     const weight *q;
     int64_t M, N, K, r;
-    const void *x; /* fp32 or bf16, as y */
+    const void *x;
     void *y;
-    int dtype, compute_dtype;
+    int dtype, y_dtype, compute_dtype; /* FP32 or BF16, each; dtype is x's */
     const float *bias, *low, *up; /* each may be NULL (bias), or unused (r = 0) */
     float *workspace;
     int threads;
@@ -23,7 +23,7 @@ typedef struct {
 /* A word is what a lane multiplies at a time: an fp32 number, or a pair of bf16 numbers. Tiles and blocks are in words. */
 INLINE int64_t words_of(int64_t n, const int pairs) { return pairs ? (n + 1) / 2 : n; }
 
-INLINE int in_pairs(const product *p) { return p->q && p->compute_dtype == BF16; }
+INLINE int in_pairs(const product *p) { return p->compute_dtype == BF16; }
 
 enum {
     TILE_ROWS = LANES == 16 ? 12 : 6, /* rows of x in registers at a time, of 2 vectors of outputs each */
