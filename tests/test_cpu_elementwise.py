@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from kernels import use_backend
 from kernels.cpu import dense, elementwise, library
-from kernels.matmul import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.matmul import linear
 from kernels.vocabulary_tiles import RunningSoftmax
 from models.elementwise import apply_rope, rms_norm, swiglu
 from models.sampling import BLOCK, softmax
