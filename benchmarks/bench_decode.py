@@ -1,12 +1,12 @@
 """Greedy decoding of SmolLM2-135M in NF4: ours beside transformers + bitsandbytes, at several batch sizes.
 
-    prompts of 40 tokens (the demo's task), 64 new tokens each, no stop token, fp32 activations
+    prompts of 40 tokens (the demo's task), 64 new tokens each, no stop token, fp32 activations but where bf16 is said
 
 Arms take turns in one process, from the same 4-bit codes. In eval mode and on processors with AVX512-BF16, bitsandbytes
-repacks its weights and multiplies in bf16, whatever its compute dtype says; in train mode it multiplies in fp32, as we
-do. Both are timed. Before any time counts, our logits must agree with the latter's; `same` then says how many
-completions are its to the last id. Where llama-cpp-python is installed, llama.cpp decodes one prompt too, from the
-GGUF file as it is: the same model in other 4 bits (Q4_1). Columns of the CSV:
+repacks its weights and multiplies in bf16, whatever its compute dtype says; in train mode it multiplies in fp32. Ours
+multiplies in the model's dtype. All are timed. Before any time counts, our logits in fp32 must agree with the peer's in
+fp32; `same` then says how many completions are its to the last id. Where llama-cpp-python is installed, llama.cpp
+decodes one prompt too, from the GGUF file as it is: the same model in other 4 bits (Q4_1). Columns of the CSV:
 
     tokens_per_second   of decoding: all rows' tokens after their first, over the time from the first to the last
     prefill_ms          from the call to the first tokens
@@ -83,8 +83,8 @@ def prompts(batch: int) -> Ids:
 
 
 def ours() -> dict[str, Decoder]:
-    def loaded(head: str | None = None) -> Decoder:
-        return load_model(MODEL, dtype=torch.float32, quantize="nf4", head=head)
+    def loaded(head: str | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+        return load_model(MODEL, dtype=dtype, quantize="nf4", head=head)
 
     def adapted(seed: int = 0) -> Decoder:
         model = loaded("nf4")
@@ -103,6 +103,8 @@ def ours() -> dict[str, Decoder]:
         "ours, head in NF4": loaded("nf4"),
         "ours, head in NF4, adapter": adapted(),
         "ours, head in NF4, adapter merged": merged,
+        "ours, all in bf16": loaded(dtype=torch.bfloat16),
+        "ours, in bf16, head in NF4": loaded("nf4", torch.bfloat16),
     }
 
 

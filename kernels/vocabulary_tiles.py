@@ -13,7 +13,7 @@ than a tile ever exists, and a tile of W serves both its products while it is in
 A head that is trained wants Σ_rows dnll · (p - onehot) · x, for which dnll must be known: m and log total are kept, and
 backward makes p again a tile at a time.
 
-Under a frozen head in bf16 all of this is fp32 but the products: of x and W in pairs where the C kernels multiply those,
+Under a frozen head in bf16 all of this is fp32 but the products: of x and W in pairs where the C kernels multiply them,
 unrounded, and of e rounded to bf16; elsewhere of a tile of W that is widened.
 """
 

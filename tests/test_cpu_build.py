@@ -138,6 +138,14 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
         kernels.quantize(torch.randn(64))
 
 
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_compiler()
+    monkeypatch.setattr(build, "ISA_FLAGS", {"portable": (), "newer": ("-mno-such-instructions",)})
+    assert library.usable_isas(build.build()) == ("portable",)
+
+
 def refused_calls():
     q = quant.quantize(torch.randn(32, 64))
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import use_backend
+from kernels import use_backend, vocabulary_tiles
 from kernels.cpu import dense, elementwise, library
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
@@ -91,6 +91,31 @@ def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
             )
             nll.sum().backward()
             found.append((nll, entropy, hidden.grad))
+    for ours, plain, exact in zip(*found, strict=True):
+        assert_as_accurate_as(plain, ours, exact)
+
+
+@pytest.mark.parametrize("M", [1, 130])
+@pytest.mark.parametrize("V", [32, 1504])  # a tile, and two of which the second is shorter
+def test_the_loss_under_a_frozen_head_in_bf16(V: int, M: int) -> None:
+    x, weight = torch.randn(M, 64).bfloat16() * 2, torch.randn(V, 64).bfloat16()
+    targets, dnll, found = torch.randint(V, (M,)), torch.rand(M), []
+
+    def by_definition(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        z = hidden @ weight.T
+        logps = torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=1)
+        return -logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(dim=1)
+
+    assert vocabulary_tiles.serves(x, (weight, (), None), None)
+    for loss, cast in (
+        (lambda h, w: linear_cross_entropy(h, w, targets, return_entropy=True), lambda t: t),
+        (by_definition, lambda t: t),
+        (by_definition, lambda t: t.double()),
+    ):
+        hidden = leaf(cast(x))
+        nll, entropy = loss(hidden, cast(weight))
+        (nll * dnll).sum().backward()
+        found.append((nll, entropy, hidden.grad))
     for ours, plain, exact in zip(*found, strict=True):
         assert_as_accurate_as(plain, ours, exact)
 

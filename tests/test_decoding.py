@@ -115,8 +115,10 @@ def test_adapters_that_are_on_and_trained_biases() -> None:
         assert not torch.allclose(ours, without, atol=1e-3)
 
 
-def test_bf16_is_as_accurate_as_the_definition_in_bf16() -> None:
+@pytest.mark.parametrize("isa", usable_isas(build()))
+def test_bf16_is_as_accurate_as_the_definition_in_bf16(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Error against the same weights in fp32, at most twice the definition's."""
+    monkeypatch.setenv("QLORA_CPU_ISA", isa)
     model = in_4_bits("qwen3")
     exact = by_definition(model)
     model.compute_dtype = torch.bfloat16
