@@ -79,22 +79,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # decoding: a cast would be the work
         y = product_in_c(x.reshape(-1, x.shape[-1]), weight)
         if y is not None:
-            y = y.view(*x.shape[:-1], len(weight))
-            return y if bias is None else y.add_(bias)
+            y = y if bias is None else y.add_(bias)
+            return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
     if weight.dtype == x.dtype:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _CastLinear.apply(x, weight, bias)
 
 
 def product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:
-    """x (M, K) · weightᵀ → (M, N), without a cast of the weight; None where no C kernel serves."""
+    """x (M, K) · weightᵀ → fp32 (M, N), without a cast of the weight; None where no C kernel serves."""
     if asked_backend() not in ("auto", "cpu"):
         return None
     from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
 
     if not dense.serves(x, weight):
         return None
-    return dense.product(x, weight, empty((len(x), len(weight)), torch.float32)).to(x.dtype)
+    return dense.product(x, weight, empty((len(x), len(weight)), torch.float32))
 
 
 class _CastLinear(torch.autograd.Function):

@@ -7,14 +7,16 @@ than a tile ever exists, and a tile of W serves both its products while it is in
     for each tile      z = x · W_tileᵀ / τ,   m' = max(m, max z),   c = e^(m - m'),   e = e^(z - m')
                        mixed ← c · (mixed + (m - m') · total) + Σ e · (z - m')
                        total ← c · total + Σ e
-                       slope ← c · slope + e · W_tile
-    nll = m + log total - z[target],   H = log total - mixed / total,   dnll/dx = (slope / total - W[target]) / τ
+                       slope ← c · slope + e · W_tile, without the target's e
+    nll = m + log total - z[target],   H = log total - mixed / total
+    dnll/dx = (Σ_v≠target p_v · W_v - (1 - p_target) · W_target) / τ = (slope / total + (e^-nll - 1) · W_target) / τ
 
 A head that is trained wants Σ_rows dnll · (p - onehot) · x, for which dnll must be known: m and log total are kept, and
 backward makes p again a tile at a time.
 
-Under a frozen head in bf16 all of this is fp32 but the products: of x and W in pairs where the C kernels multiply them,
-unrounded, and of e rounded to bf16; elsewhere of a tile of W that is widened.
+Under a frozen head in bf16 all of this is fp32 but the products. Where the C kernels multiply pairs, x · W is of bf16
+numbers and not rounded, e · W_tile is torch's in bf16; elsewhere a tile of W is widened. The target's own share of the
+slope is kept out of a product that rounds: where a token is likely, almost all of it is subtracted again.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from torch import Tensor
 from .buffers import empty, empty_like
 from .dispatch import asked_backend
 
-TILE = 768  # words: a tile of W (1.8 MB at D = 576) and of the logits stay in the cache
+TILE = 768  # words, a multiple of 32 (C): a tile of W (1.8 MB at D = 576) and of the logits stay in the cache
 ROWS = 1024  # rows at a time, for the same reason
 
 
@@ -90,7 +92,10 @@ class Found(NamedTuple):
 
 
 def serves(hidden: Tensor, head: tuple[Any, ...], softcap: float | None) -> bool:
-    """Whether z is nothing but x · Wᵀ / τ, in the dtype it is wanted in. head: weight, adapters, bias."""
+    """Whether z is nothing but x · Wᵀ / τ, in the dtype it is wanted in, or in bf16 on a CPU under a frozen head.
+
+    head: weight, adapters, bias.
+    """
     weight, adapters, bias = head
     if not isinstance(weight, Tensor) or adapters or bias is not None or softcap is not None:
         return False
@@ -109,24 +114,40 @@ def losses(
     slope = like.new_empty(hidden.shape) if with_slope else None
     in_pairs = _in_pairs(hidden, weight)
     for rows in row_blocks(len(targets), ROWS):
-        x, dx = hidden[rows] if in_pairs else hidden[rows].to(like.dtype), None if slope is None else slope[rows]
+        x = hidden[rows] if in_pairs else hidden[rows].to(like.dtype)
+        dx = None if slope is None else slope[rows]
         sums = RunningSoftmax(targets[rows], temperature, like, with_entropy)
         buffer = empty((len(x), TILE), like.dtype, hidden.device)
         for first in range(0, len(weight), TILE):
             tile = weight[first : first + TILE].to(x.dtype)
             z = _logits(x, tile, buffer)
             sums.take(z, first, dx if first else None)
-            if dx is not None and in_pairs:
-                part = torch.mm(z.to(tile.dtype), tile)
-                _ = dx.add_(part) if first else dx.copy_(part)
-            elif dx is not None:
-                torch.addmm(dx, z, tile, beta=1 if first else 0, out=dx)
+            if dx is not None:
+                _add_slope(dx, _without_targets(z, targets[rows] - first), tile, is_first=first == 0)
         nll[rows], m[rows], log_total[rows] = sums.nll(), sums.m, sums.total.log()
         if with_entropy:
             entropy[rows] = sums.entropy()
         if dx is not None:
-            dx.div_(sums.total[:, None]).sub_(weight[targets[rows]]).div_(temperature)
+            of_target = torch.expm1(-nll[rows])[:, None] * weight[targets[rows]]
+            dx.div_(sums.total[:, None]).add_(of_target).div_(temperature)
     return Found(nll, entropy, m, log_total, slope)
+
+
+def _without_targets(e: Tensor, at: Tensor) -> Tensor:
+    """e (rows, tile), in place, with 0 for each row's target, which is word `at` of the tile if it is in it."""
+    rows = ((at >= 0) & (at < e.shape[1])).nonzero()[:, 0]
+    e[rows, at[rows]] = 0
+    return e
+
+
+def _add_slope(dx: Tensor, e: Tensor, tile: Tensor, is_first: bool) -> None:
+    """dx += e · tile; the first tile's is all there is."""
+    if tile.dtype == dx.dtype:
+        torch.addmm(dx, e, tile, beta=0 if is_first else 1, out=dx)
+    elif is_first:
+        dx.copy_(torch.mm(e.to(tile.dtype), tile))
+    else:
+        dx.add_(torch.mm(e.to(tile.dtype), tile))
 
 
 def gradients(
@@ -168,7 +189,7 @@ def _in_pairs(hidden: Tensor, weight: Tensor) -> bool:
         return False
     from .cpu import dense  # the C kernels are a backend like any other: this file does not need them
 
-    return weight.dtype == torch.bfloat16 and dense.serves(hidden, weight) and dense.in_pairs(hidden, weight)
+    return weight.dtype == torch.bfloat16 and dense.fits(hidden, weight) and dense.in_pairs(hidden, weight)
 
 
 def _logits(x: Tensor, tile: Tensor, buffer: Tensor) -> Tensor:
@@ -176,6 +197,6 @@ def _logits(x: Tensor, tile: Tensor, buffer: Tensor) -> Tensor:
     z = buffer.view(-1)[: len(x) * len(tile)].view(len(x), len(tile))
     if x.dtype == z.dtype:
         return torch.mm(x, tile.T, out=z)
-    from .cpu import dense  # only what `_in_pairs` found to be served comes here
+    from .cpu import dense  # only what `_in_pairs` found to fit comes here
 
     return dense.product(x, tile, z)

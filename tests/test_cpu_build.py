@@ -138,11 +138,13 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
         kernels.quantize(torch.randn(64))
 
 
-def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("unknown", ["flag", "instruction"])
+def test_the_newest_instruction_set_is_left_out_where_it_is_not_known(
+    unknown: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_compiler()
-    monkeypatch.setattr(build, "ISA_FLAGS", {"portable": (), "newer": ("-mno-such-instructions",)})
+    flags = ("-mno-such-instructions",) if unknown == "flag" else ("-DISA_AVX512", "-mavx512f")
+    monkeypatch.setattr(build, "ISA_FLAGS", {"portable": (), build.NEWEST: flags})
     assert library.usable_isas(build.build()) == ("portable",)
 
 

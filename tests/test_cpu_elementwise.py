@@ -16,7 +16,7 @@ from kernels.matmul import linear
 from kernels.vocabulary_tiles import RunningSoftmax
 from models.elementwise import apply_rope, rms_norm, swiglu
 from models.sampling import BLOCK, softmax
-from tests.accuracy import assert_as_accurate_as, leaf
+from tests.accuracy import assert_as_accurate_as, error, leaf
 
 pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -95,20 +95,28 @@ def test_the_softmax_of_the_loss(V: int, temperature: float) -> None:
         assert_as_accurate_as(plain, ours, exact)
 
 
+@pytest.mark.parametrize("likely", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("M", [1, 130])
 @pytest.mark.parametrize("V", [32, 1504])  # a tile, and two of which the second is shorter
-def test_the_loss_under_a_frozen_head_in_bf16(V: int, M: int) -> None:
+def test_the_loss_under_a_frozen_head_in_bf16(V: int, M: int, temperature: float, likely: bool) -> None:
+    """Where targets are likely, their gradient is a small difference, 1 - p."""
     x, weight = torch.randn(M, 64).bfloat16() * 2, torch.randn(V, 64).bfloat16()
     targets, dnll, found = torch.randint(V, (M,)), torch.rand(M), []
+    if likely:
+        x = (weight[targets] / 5).bfloat16()
 
     def by_definition(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         z = hidden @ weight.T
-        logps = torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=1)
+        logps = torch.log_softmax((z if z.dtype == torch.float64 else z.float()) / temperature, dim=1)
         return -logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(dim=1)
 
     assert vocabulary_tiles.serves(x, (weight, (), None), None)
     for loss, cast in (
-        (lambda h, w: linear_cross_entropy(h, w, targets, return_entropy=True), lambda t: t),
+        (
+            lambda h, w: linear_cross_entropy(h, w, targets, temperature=temperature, return_entropy=True),
+            lambda t: t,
+        ),
         (by_definition, lambda t: t),
         (by_definition, lambda t: t.double()),
     ):
@@ -126,8 +134,12 @@ def test_the_loss_under_a_frozen_head_in_bf16(V: int, M: int) -> None:
 @pytest.mark.parametrize(("N", "K"), [(32, 32), (416, 608)])
 def test_dense_products(N: int, K: int, M: int, x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     x, weight = torch.randn(M, K).to(x_dtype), torch.randn(N, K).to(dtype)
-    portable = os.environ["QLORA_CPU_ISA"] == "portable"
-    assert dense.serves(x, weight) == (M <= 16 or dtype == torch.bfloat16 or not portable)
+    assert dense.fits(x, weight)
+    if dense.in_pairs(x, weight):
+        assert dense.serves(x, weight) == (M <= 96)
+    else:
+        portable = os.environ["QLORA_CPU_ISA"] == "portable"
+        assert dense.serves(x, weight) == (M <= 16 or dtype != x_dtype or not portable)
     found = dense.product(x, weight, torch.empty(M, N))
     exact = x.double() @ weight.double().T
     assert_as_accurate_as(x.float() @ weight.float().T, found, exact)
@@ -143,6 +155,7 @@ def test_a_linear_layer_in_bf16_gives_bf16(dtype: torch.dtype) -> None:
         found = linear(x, weight, bias)
     exact = x.double() @ weight.double().T + bias.double()
     assert_as_accurate_as((x @ weight.bfloat16().T) + bias.bfloat16(), found, exact)
+    assert error(found, exact) <= 1.01 * error(exact.bfloat16(), exact)  # rounded once
 
 
 def test_dense_products_that_do_not_fit_are_left_to_torch() -> None:
@@ -183,9 +196,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         dx = elementwise.rms_norm_dx(y, x, g, rho)
         few = dense.product(x[:7, :96].contiguous(), weight, torch.empty(7, 224))
         many = dense.product(x[:, :96].contiguous(), weight, torch.empty(300, 224))
+        in_bf16 = [dense.product(x[:M, :96].bfloat16(), weight, torch.empty(M, 224)) for M in (7, 300)]
         swiglus = (elementwise.swiglu(x, y), *elementwise.swiglu_dx(dx, x, y))
         losses = (p, more, slope, sums.nll(), sums.entropy())
-        results.append((*losses, y, dx, few, many, *elementwise.softmax_blocks(z, 1.0, 128), *swiglus))
+        results.append((*losses, y, dx, few, many, *in_bf16, *elementwise.softmax_blocks(z, 1.0, 128), *swiglus))
     torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

@@ -217,9 +217,10 @@ def test_b_zero_is_the_base_to_the_bit() -> None:
     assert torch.equal(kernels.lora_matmul(x[:2], q, [term]), kernels.matmul(x[:2], q))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 7, 70])
-def test_results_do_not_depend_on_the_number_of_threads(M: int) -> None:
-    q, x, bias, dy = a_case(M, 700, 576, 64, torch.float32, True)
+def test_results_do_not_depend_on_the_number_of_threads(M: int, dtype: torch.dtype) -> None:
+    q, x, bias, dy = a_case(M, 700, 576, 64, dtype, True)
     low, up, back = torch.randn(M, 5), torch.randn(700, 5), torch.randn(5, 576)
     before, results = torch.get_num_threads(), []
     try:
@@ -232,6 +233,27 @@ def test_results_do_not_depend_on_the_number_of_threads(M: int) -> None:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("M", [3, 20])
+def test_activations_in_fp32_may_be_multiplied_in_bf16(M: int) -> None:
+    """As decoding asks for it: what multiplies pairs rounds x first, the others leave it."""
+    lib, N, K, r = library.load(), 37, 192, 3
+    q, x, low, up = quant.quantize(torch.randn(N, K)), torch.randn(M, K), torch.randn(M, r), torch.randn(N, r)
+    weight, scratch = library.weight(q), torch.empty(lib.workspace_floats(M, N, K, r, 2))
+
+    def run(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        y = torch.empty(M, N)
+        dtypes = (library.DTYPES[d] for d in (x.dtype, y.dtype, compute_dtype))
+        pointers = (x.data_ptr(), y.data_ptr(), *dtypes, None, low.data_ptr(), up.data_ptr(), scratch.data_ptr())
+        lib.matmul(ctypes.byref(library.Product(ctypes.pointer(weight), M, N, K, r, *pointers, 2)))
+        return y
+
+    found = run(x, torch.bfloat16)
+    if lib.multiplies_pairs:
+        assert torch.equal(found, run(x.bfloat16(), torch.bfloat16))
+    else:
+        assert torch.equal(found, run(x, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -115,11 +115,20 @@ def test_adapters_that_are_on_and_trained_biases() -> None:
         assert not torch.allclose(ours, without, atol=1e-3)
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapter"])
 @pytest.mark.parametrize("isa", usable_isas(build()))
-def test_bf16_is_as_accurate_as_the_definition_in_bf16(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_as_accurate_as_the_definition_in_bf16(
+    isa: str, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Error against the same weights in fp32, at most twice the definition's."""
     monkeypatch.setenv("QLORA_CPU_ISA", isa)
     model = in_4_bits("qwen3")
+    if adapted:
+        add_adapter(model, LoRAConfig(r=3))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
     exact = by_definition(model)
     model.compute_dtype = torch.bfloat16
     assert is_served(model)

@@ -9,7 +9,8 @@
     product.h        what a product takes, and its workspace
     matmul_large.h   products of many rows: the weight is decoded a tile at a time
     matmul_small.h   products of 1 to 8 rows: the weight is decoded into registers
-    dense.h          a few rows under a dense weight in bf16: the head in decoding
+    dense.h          a few rows under a dense weight as it lies: the head in decoding
+    low_rank.h       an adapter's products with few columns or few rows
     elementwise.h    RMSNorm, SwiGLU, rope and the loss's softmax in one pass
     attention.h      causal attention over whole rows, forward and backward
     decode.h         all layers of a decoder for one new token a row

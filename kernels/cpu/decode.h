@@ -2,7 +2,8 @@
 
    What models/decoder.py says in a dozen calls a layer, with nothing in between: at one row a call from Python costs as
    much as its work. R rows, D hidden size, H heads, Kv key-value heads, Dh head size, r rank. Activations are fp32; the
-   residual stream x and the cache are of the model's dtype, rounded when they are written.
+   residual stream x and the cache are of the model's dtype, rounded when they are written. It is the products' compute
+   dtype too (product.h).
 
      h = RMSNorm(x);  q, k, v = h · Ŵᵀ;  rope;  k and v go into the cache;  x += (attention of q over the row) · Ŵoᵀ
      h = RMSNorm(x);  x += (silu(h · Ŵgateᵀ) ⊙ (h · Ŵupᵀ)) · Ŵdownᵀ
@@ -55,7 +56,7 @@ static void next_rows(const decode_step *s, const float *added, const float *gai
     }
 }
 
-/* y[i] (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias, for `count` projections of one x; in pairs if the model is in bf16. */
+/* y[i] (R, N) = x (R, K) · Ŵᵀ + low-rank terms + bias, for `count` projections of one x. */
 static void linear_rows(const decode_step *s, const projection *projections, int count, const float *x, float *const *y,
                         float *low, float *rest) {
     product products[OF_ONE_X];

@@ -1,9 +1,8 @@
-/* dense.h: x · Wᵀ for a dense weight in bf16 or fp32 under fp32 activations, where the weight is read as it lies: the head
-   in decoding, and an adapter (low_rank.h). Included by kernels.c alone.
+/* dense.h: x · Wᵀ for a dense weight that is read as it lies, x and W in bf16 or fp32: the head in decoding, and an adapter
+   (low_rank.h). Included by kernels.c alone.
 
    A tile of TILE_N outputs and up to TILE_M rows is LANES sums, a vector each; they are summed across lanes together.
-   Where the unit multiplies pairs, bf16 activations and weights are words that are not widened: fp32 in all but the
-   product, half as many. */
+   Where the unit multiplies pairs, rows of bf16 are read as words, half as many, and multiplied without being widened. */
 
 enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64, TILES_AHEAD = 2 };
 

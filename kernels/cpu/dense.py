@@ -3,7 +3,7 @@
 few rows        dense.h: the weight is read as it lies
 more rows       matmul_large.h: a tile of it at a time is copied into the cache, as a quantized one is decoded
 
-Activations in bf16 are widened, unless the unit multiplies pairs of bf16 numbers.
+Activations in bf16 are widened, unless the unit multiplies pairs of bf16 numbers and the weight is bf16 too.
 """
 
 import ctypes
@@ -13,20 +13,27 @@ from torch import Tensor
 
 from .library import DTYPES, Product, load, why_missing, why_not, workspace
 
-FEW = 96  # rows: above, a copied tile pays
-FEW_PORTABLE = 16  # rows: above, without vector instructions torch is faster, unless it would have to cast
+FEW = 96  # rows: above, a copied tile pays; in pairs, torch's product, which may have AMX, is about as fast
+FEW_PORTABLE = 16  # rows: above, without vector instructions torch is faster, unless it would have to cast the weight
 GROUP = 32  # of N and K: whole vectors, in every instruction set
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` takes these: x (M, K) and weight (N, K), each fp32 or bf16."""
     N, K = weight.shape
     if N % GROUP or K % GROUP or type(weight.data) is not Tensor:
         return False
     served = (torch.float32, torch.bfloat16)
-    if why_missing() or why_not(served, x) or why_not(served, weight):
+    return not (why_missing() or why_not(served, x) or why_not(served, weight))
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is to take these."""
+    if not fits(x, weight):
         return False
-    return len(x) <= FEW_PORTABLE or weight.dtype == torch.bfloat16 or load().isa != "portable"
+    if in_pairs(x, weight):
+        return len(x) <= FEW
+    return len(x) <= FEW_PORTABLE or weight.dtype != x.dtype or load().isa != "portable"
 
 
 def in_pairs(x: Tensor, weight: Tensor) -> bool:

@@ -18,6 +18,8 @@
 #include "low_rank.h"
 #include "attention.h"
 
+int FOR_ISA(multiplies_pairs)(void) { return PAIRS; }
+
 /* `count` products of one x, which differ in q, N, r, y, bias, low and up alone. */
 static void products_of_one_x(const product *p, int count) {
     if (p->q && p->M <= SMALL && p->K % SMALL_GROUP == 0)

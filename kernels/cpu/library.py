@@ -51,8 +51,8 @@ class Library:
 
     def __init__(self, path: str, isa: str) -> None:
         self.isa = isa
-        self.multiplies_pairs = isa == "avx512_bf16"  # simd.h: PAIRS
         loaded = ctypes.CDLL(path)
+        self.multiplies_pairs = bool(getattr(loaded, f"multiplies_pairs_{isa}")())
         p, n, i = c_void_p, c_int64, c_int
         signatures = {
             "dequantize": (None, [POINTER(Weight), p, i, i]),

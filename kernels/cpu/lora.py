@@ -38,7 +38,7 @@ def narrow_cpu(x: Tensor, A: Tensor) -> Tensor:
 
 
 def outer_cpu(h: Tensor, x: Tensor) -> Tensor:
-    """As kernels.lora_matmul.outer, in fp32."""
+    """As kernels.lora_matmul.outer; C's is fp32."""
     if len(x) < ROWS or x.shape[1] % PANEL or h.dtype != x.dtype or why_not(PRODUCT_DTYPES, h, x):
         return outer(h, x)
     (M, r), K = h.shape, x.shape[1]

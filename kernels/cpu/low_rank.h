@@ -61,8 +61,8 @@ INLINE void outer_tile(const void *h, int64_t from, const void *x, int64_t at, c
     }
     for (int i = 0; i < smaller(OUTER_ROWS, r - i0); i++)
         for (int v = 0; v < 2; v++) {
-            float *at = y + (i0 + i) * K + v * LANES;
-            store(at, add ? load(at) + sum[i][v] : sum[i][v]);
+            float *to = y + (i0 + i) * K + v * LANES;
+            store(to, add ? load(to) + sum[i][v] : sum[i][v]);
         }
 }
 

@@ -1,7 +1,8 @@
 """operations: the C kernels as backend "cpu".
 
     quantize, dequantize    equal to quant's to the bit, for 4-bit types and fp32, bf16, fp16
-    matmul, matmul_dx       x · Ŵᵀ + b and dy · Ŵ for fp32 and bf16; computed in fp32, rounded once at the end
+    matmul, matmul_dx       x · Ŵᵀ + b and dy · Ŵ for fp32 and bf16; summed in fp32, rounded once at the end. Under bf16
+                            Ŵ is rounded too where the unit multiplies pairs of bf16 numbers (avx512_bf16)
 
 A product is served when K is a multiple of 32, so that no byte holds weights of two rows and 32 weights are decoded at
 once. What is not served goes to the reference, and is told once.

@@ -5,8 +5,8 @@
 
     low is scaling · x Aᵀ in forward and scaling · dy B in backward. Forward also takes a dense weight, where q is NULL.
 
-    compute_dtype says what x, Ŵ, low and up are rounded to before they are multiplied, where the unit multiplies pairs
-    of bf16 numbers; elsewhere, and under FP32, nothing is rounded. Sums are fp32. */
+    compute_dtype says what x and Ŵ (for many rows, low and up too) are rounded to before they are multiplied, where the
+    unit multiplies pairs of bf16 numbers; elsewhere, and under FP32, nothing is rounded. Sums are fp32. */
 typedef struct {
     const weight *q;
     int64_t M, N, K, r;

@@ -79,7 +79,8 @@ INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqr
 #endif
 
 /* Pairs: two bf16 numbers a lane, the first in its lower half. to_pairs rounds to nearest, ties to even; dot_pairs adds the
-   products of both to a sum in fp32. PAIRS: the unit has instructions for them (which take subnormals for 0). */
+   products of both to a sum in fp32. PAIRS: the unit has instructions for them (which take subnormals for 0); without,
+   they are here for the compiler alone, and nothing calls them. */
 #if defined(ISA_AVX512_BF16)
 #define PAIRS 1
 INLINE vec dot_pairs(vec a, vec b, vec sum) {

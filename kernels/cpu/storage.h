@@ -143,16 +143,15 @@ INLINE void write_row(const float *in, int64_t n, void *row, int dtype, int64_t 
     }
 }
 
-/* n numbers from element `at` of a row, fp32 or bf16, as pairs; an odd one has 0 beside it. */
+/* n numbers from element `at` of a row, fp32 or bf16, as pairs; an odd one has 0 beside it. The pairs are written as what
+   they are read as: compilers may take a uint16_t and a float for two places. */
 INLINE void copy_pairs(const void *row, int dtype, int64_t at, int64_t n, float *pairs) {
-    uint16_t *out = (uint16_t *)pairs;
     int64_t i = 0;
-    if (dtype == FP32) {
-        write_row((const float *)row + at, n, out, BF16, 0);
-    } else {
-        const uint16_t *in = (const uint16_t *)row + at;
-        for (; i + 2 * LANES <= n; i += 2 * LANES) store((float *)(out + i), load((const float *)(in + i)));
-        for (; i < n; i++) out[i] = in[i];
+    if (dtype == BF16)
+        for (; i + 2 * LANES <= n; i += 2 * LANES) memcpy(pairs + i / 2, (const uint16_t *)row + at + i, 4 * LANES);
+    for (; i < n; i += 2) {
+        float two[2] = {0};
+        read_row(row, dtype, at + i, i + 1 < n ? 2 : 1, two);
+        pairs[i / 2] = pair(two[0], two[1]);
     }
-    if (n % 2) out[n] = 0;
 }
