@@ -74,16 +74,21 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dx, db, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K) · weightᵀ (K, N) + bias (N,) → (…, N) in x.dtype; gradients come in the dtype of what they belong to."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x (…, K) · weightᵀ (K, N) + bias (N,) → (…, N) in out_dtype, x's by default.
+
+    Gradients come in the dtype of what they belong to. Where C serves and no gradient is wanted, what comes in fp32 was
+    never rounded to x.dtype.
+    """
+    out_dtype = out_dtype or x.dtype
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # decoding: a cast would be the work
         y = product_in_c(x.reshape(-1, x.shape[-1]), weight)
         if y is not None:
             y = y if bias is None else y.add_(bias)
-            return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
+            return y.view(*x.shape[:-1], len(weight)).to(out_dtype)
     if weight.dtype == x.dtype:
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return _CastLinear.apply(x, weight, bias)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+    return _CastLinear.apply(x, weight, bias).to(out_dtype)
 
 
 def product_in_c(x: Tensor, weight: Tensor) -> Tensor | None:

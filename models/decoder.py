@@ -168,8 +168,8 @@ class Body(nn.Module):
 
 class HeadLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) → (…, V) in x.dtype. In decoding, where it is much of the work, by the C kernels."""
-        return kernels.linear(x, self.weight, self.bias)
+        """x (…, D) → fp32 (…, V). In decoding, where it is much of the work, by the C kernels, and not rounded."""
+        return kernels.linear(x, self.weight, self.bias, out_dtype=torch.float32)
 
 
 class Decoder(nn.Module):
@@ -245,7 +245,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head alone: (…, D) → fp32 (…, V)."""
-        return project(self.lm_head, hidden).float()
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
 
     def head(self) -> kernels.Head:
         """The head as linear_cross_entropy takes it: its weight, bias, and the adapters that are on now.

@@ -156,6 +156,9 @@ def test_a_linear_layer_in_bf16_gives_bf16(dtype: torch.dtype) -> None:
     exact = x.double() @ weight.double().T + bias.double()
     assert_as_accurate_as((x @ weight.bfloat16().T) + bias.bfloat16(), found, exact)
     assert error(found, exact) <= 1.01 * error(exact.bfloat16(), exact)  # rounded once
+    with torch.no_grad():
+        unrounded = linear(x, weight, bias, out_dtype=torch.float32)
+    assert_as_accurate_as(x.float() @ weight.float().T + bias, unrounded, exact)
 
 
 def test_dense_products_that_do_not_fit_are_left_to_torch() -> None:
