@@ -78,9 +78,9 @@ INLINE vec every(float s) { return (vec){s, s, s, s}; }
 INLINE vec root(vec v) { return (vec){sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3])}; }
 #endif
 
-/* Pairs: two bf16 numbers a lane, the first in its lower half. to_pairs rounds to nearest, ties to even; dot_pairs adds the
-   products of both to a sum in fp32. PAIRS: the unit has instructions for them (which take subnormals for 0); without,
-   they are here for the compiler alone, and nothing calls them. */
+/* Pairs: two bf16 numbers a lane, the first in its lower half. to_pairs rounds to nearest, ties to even, load_pairs does so
+   with 2 · LANES numbers in a row; dot_pairs adds the products of both to a sum in fp32. PAIRS: the unit has instructions
+   for them (which take subnormals for 0); without, they are here for the compiler alone, and nothing calls them. */
 #if defined(ISA_AVX512_BF16)
 #define PAIRS 1
 INLINE vec dot_pairs(vec a, vec b, vec sum) {
@@ -92,6 +92,9 @@ INLINE vec to_pairs(vec first, vec second) {
     __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); /* all firsts, then all seconds */
     return (vec)_mm512_permutexvar_epi16(_mm512_loadu_si512(in_turns), halves);
 }
+INLINE vec load_pairs(const float *p) {
+    return (vec)_mm512_cvtne2ps_pbh((__m512)load(p + LANES), (__m512)load(p));
+}
 #else
 #define PAIRS 0
 INLINE uvec rounded16(vec v) { return (uvec)v + 0x7fff + ((uvec)v >> 16 & 1); }
@@ -99,6 +102,11 @@ INLINE vec to_pairs(vec first, vec second) { return (vec)(rounded16(first) >> 16
 INLINE vec dot_pairs(vec a, vec b, vec sum) {
     sum = fma_((vec)((uvec)a << 16), (vec)((uvec)b << 16), sum);
     return fma_((vec)((uvec)a & 0xffff0000), (vec)((uvec)b & 0xffff0000), sum);
+}
+INLINE vec load_pairs(const float *p) {
+    vec first, second;
+    for (int j = 0; j < LANES; j++) first[j] = p[2 * j], second[j] = p[2 * j + 1];
+    return to_pairs(first, second);
 }
 #endif
 

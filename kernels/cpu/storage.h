@@ -147,8 +147,11 @@ INLINE void write_row(const float *in, int64_t n, void *row, int dtype, int64_t 
    they are read as: compilers may take a uint16_t and a float for two places. */
 INLINE void copy_pairs(const void *row, int dtype, int64_t at, int64_t n, float *pairs) {
     int64_t i = 0;
-    if (dtype == BF16)
-        for (; i + 2 * LANES <= n; i += 2 * LANES) memcpy(pairs + i / 2, (const uint16_t *)row + at + i, 4 * LANES);
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        if (dtype == BF16)
+            memcpy(pairs + i / 2, (const uint16_t *)row + at + i, 4 * LANES);
+        else
+            store(pairs + i / 2, load_pairs((const float *)row + at + i));
     for (; i < n; i += 2) {
         float two[2] = {0};
         read_row(row, dtype, at + i, i + 1 < n ? 2 : 1, two);
