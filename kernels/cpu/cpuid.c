@@ -4,7 +4,6 @@
 #include <cpuid.h>
 #endif
 
-
 int runs_avx512(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
