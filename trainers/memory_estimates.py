@@ -45,8 +45,11 @@ def head_chunk(config: DecoderConfig, setup: Setup) -> int:
         m = _chunk_rows(V + (0 if setup.teacher is None else other), M)
         teachers_hidden = 0 if setup.teacher is None else 2 * setup.teacher.hidden_size * s
         return m * 28 * V + M * (8 * D + teachers_hidden)
-    if setup.dtype == "fp32":
-        return _tile_of_logits(M) + (M * s * D if setup.method == "full" else M * 8 * D)
+    if setup.dtype == "fp32" and setup.method == "full":
+        return _tile_of_logits(M) + M * s * D
+    if setup.dtype == "fp32" or (setup.method != "full" and not setup.on_gpu):
+        rounded = 0 if s == 4 else _tile_of_logits(M) // 2  # beside the tile, for its product with W
+        return _tile_of_logits(M) + rounded + M * 8 * D
     entropy = setup.trainer == "grpo"
     if setup.method == "full":
         return m * V * (16 if entropy else 8) + M * s * D
@@ -68,7 +71,8 @@ def head_backward(config: DecoderConfig, setup: Setup) -> int:
 def layer_backward(config: DecoderConfig, setup: Setup) -> int:
     """Backward of one layer: where SwiGLU's peaks. A GPU makes a 4-bit weight dense for its product."""
     s, inner = setup.itemsize, config.intermediate_size
-    swiglu = setup.tokens * inner * (16 if s == 4 else 26)
+    bf16 = 26 if setup.on_gpu else 10  # torch's SwiGLU, or one in a pass
+    swiglu = setup.tokens * inner * (16 if s == 4 else bf16)
     dense = max(N * K for N, K in layer_linears(config).values()) * s if setup.on_gpu and setup.method == "qlora" else 0
     return swiglu + dense + (_whole_layer(config, setup) if setup.gradient_checkpointing else 0)
 
@@ -102,7 +106,7 @@ def _taken_whole(config: DecoderConfig, setup: Setup) -> bool:
     """Whether a kernel takes rows of several documents (kernels/cpu/attention.py)."""
     windows = [window for window in config.windows if window is not None]
     fits = config.head_dim % 32 == 0 and all(window >= setup.sequence_length for window in windows)
-    return fits and setup.dtype == "fp32" and not setup.on_gpu
+    return fits and not setup.on_gpu
 
 
 def _copied_prompts(config: DecoderConfig, setup: Setup) -> int:
