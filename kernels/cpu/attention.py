@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..buffers import empty, empty_like
 from .library import load, why_missing, why_not, workspace
+from .operations import PRODUCT_DTYPES
 
 WIDTH, WIDEST = 32, 288  # head sizes served: multiples of a panel, up to what a tile holds
 SHORT = 32  # tokens
@@ -37,7 +38,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, runs: Runs, prefixes: Prefixes) -> b
     B, T, _, Dh = q.shape
     same = q.dtype == k.dtype == v.dtype
     fits = same and k.shape == v.shape and k.shape[:2] == q.shape[:2] and Dh % WIDTH == 0 and Dh <= WIDEST
-    if not fits or why_missing() or why_not((torch.float32, torch.bfloat16), q, k, v, strided=True):
+    if not fits or why_missing() or why_not(PRODUCT_DTYPES, q, k, v, strided=True):
         return False
     tasks = len(cut(B, T, runs, prefixes).table) * k.shape[2]
     return (runs is not None or T >= SHORT) and 2 * tasks >= torch.get_num_threads()

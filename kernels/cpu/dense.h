@@ -6,13 +6,6 @@
 
 enum { TILE_M = 4, TILE_N = LANES / TILE_M, TASK = 64, TILES_AHEAD = 2 };
 
-INLINE vec load_as(const void *p, int dtype, int64_t at) {
-    return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
-}
-INLINE float number_as(const void *p, int dtype, int64_t at) {
-    return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
-}
-
 /* y[m][n] = Σ_k x[from + m · K + k] · w[at + n · K + k] for M ≤ TILE_M rows and TILE_N outputs. Of words that are pairs K is
    a multiple of LANES. */
 INLINE void dense_tile(const void *x, const int x_dtype, int64_t from, const void *w, const int dtype, int64_t at,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .library import DTYPES, Product, load, why_missing, why_not, workspace
+from .operations import PRODUCT_DTYPES
 
 FEW = 96  # rows: above, a copied tile pays; in pairs, torch's product, which may have AMX, is about as fast
 FEW_PORTABLE = 16  # rows: above, without vector instructions torch is faster, unless it would have to cast the weight
@@ -23,8 +24,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     N, K = weight.shape
     if N % GROUP or K % GROUP or type(weight.data) is not Tensor:
         return False
-    served = (torch.float32, torch.bfloat16)
-    return not (why_missing() or why_not(served, x) or why_not(served, weight))
+    return not (why_missing() or why_not(PRODUCT_DTYPES, x, weight))
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -37,6 +37,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def in_pairs(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` multiplies these as they are: both bf16, by instructions for pairs of them (simd.h)."""
     return x.dtype == weight.dtype == torch.bfloat16 and load().multiplies_pairs
 
 

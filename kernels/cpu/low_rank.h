@@ -8,16 +8,6 @@
 
 enum { OUTER_ROWS = LANES == 16 ? 8 : 4, OUTER_STEPS = 64, OUTER_AHEAD = 8 };
 
-/* Σ_k a[at + k] · b[from + k] */
-static float dot_as(const void *a, int64_t at, const void *b, int64_t from, int dtype, int64_t n) {
-    vec sums = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sums = fma_(load_as(a, dtype, at + i), load_as(b, dtype, from + i), sums);
-    float sum = sum_lanes(sums);
-    for (; i < n; i++) sum += number_as(a, dtype, at + i) * number_as(b, dtype, from + i);
-    return sum;
-}
-
 /* Up to TILE_M rows of y from row m on. K in words. */
 INLINE void narrow_rows(const void *x, const void *A, const int dtype, int64_t m, int64_t M, int64_t r, int64_t K,
                         float *y, const int pairs) {

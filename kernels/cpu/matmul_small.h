@@ -172,14 +172,17 @@ INLINE vec sum_each(vec *sums) {
     return sums[0];
 }
 
-INLINE float dot(const float *a, const float *b, int64_t n) {
+/* Σ_k a[at + k] · b[from + k] */
+INLINE float dot_as(const void *a, int64_t at, const void *b, int64_t from, int dtype, int64_t n) {
     vec sums = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sums = fma_(load(a + i), load(b + i), sums);
+    for (; i + LANES <= n; i += LANES) sums = fma_(load_as(a, dtype, at + i), load_as(b, dtype, from + i), sums);
     float sum = sum_lanes(sums);
-    for (; i < n; i++) sum += a[i] * b[i];
+    for (; i < n; i++) sum += number_as(a, dtype, at + i) * number_as(b, dtype, from + i);
     return sum;
 }
+
+INLINE float dot(const float *a, const float *b, int64_t n) { return dot_as(a, 0, b, 0, FP32, n); }
 
 /* sums += low[m] · up[n], in lanes; what is no whole vector goes into lane 0. */
 INLINE void add_low_rank(const product *p, int64_t m, int64_t n, vec *sums) {

@@ -98,6 +98,14 @@ INLINE void store_bf16(uint16_t *p, vec v) {
     store_low16(p, u);
 }
 
+/* Of an fp32 or bf16 row, from element `at` on. */
+INLINE vec load_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? load((const float *)p + at) : load_bf16((const uint16_t *)p + at);
+}
+INLINE float number_as(const void *p, int dtype, int64_t at) {
+    return dtype == FP32 ? ((const float *)p)[at] : from_bf16(((const uint16_t *)p)[at]);
+}
+
 /* n numbers from element `at` of a row, as fp32. */
 INLINE void read_row(const void *row, int dtype, int64_t at, int64_t n, float *out) {
     int64_t i = 0;
